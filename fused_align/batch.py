@@ -1,0 +1,285 @@
+"""Batch: the tokens a loss is computed on, and the only code that knows how they are laid out.
+
+A user's batch is padded (target [B, T]) or packed (target [N] with cu_seqlens [S+1]) and has ignored
+positions. `Batch.live()` turns either into the one layout that everything behind `align_loss` sees: packed,
+live tokens only, in sequence order. Ignored positions are dropped here, once, by index, so nothing stored in
+them (NaN, inf) can reach a value or a gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+_PER_TOKEN = ("old_logp", "ref_logp", "sampler_logp", "token_weight")
+_PER_SEQUENCE = ("desirable", "off_policy", "reference", "group")
+
+
+class Batch:
+    """Targets and what the losses need besides the log-probs, with shapes checked once.
+
+    Args:
+        target: [B, T], or packed [N] with `cu_seqlens`; int64; -100 is ignored. Already shifted:
+            position i of `hidden` predicts `target[i]`. `Batch.from_labels` shifts for you.
+        cu_seqlens: [S+1] int, offsets of the packed sequences, from 0 to N.
+        old_logp, ref_logp, sampler_logp: target's shape, nats. Log-probs under the policy that sampled, the
+            reference model, the sampler's own arithmetic. old_logp=None means on-policy.
+        advantage: [S], or per token iff its shape is target's.
+        token_weight: target's shape; multiplies what a token contributes to any sum. Counts stay counts.
+        margin: [P] reward margin of each pair.
+        desirable, off_policy, reference: [S] bool.
+        group: [S] int64 prompt ids.
+        kl: [] estimate of KTO's reference point z0.
+
+    Pairs: sequence i is chosen and i + S/2 rejected, for i < S/2.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit, in a sentence.
+    """
+
+    def __init__(
+        self,
+        target: Tensor,  # [B, T] | [N]
+        *,
+        cu_seqlens: Tensor | None = None,  # [S+1]
+        old_logp: Tensor | None = None,  # target's shape
+        ref_logp: Tensor | None = None,  # target's shape
+        sampler_logp: Tensor | None = None,  # target's shape
+        advantage: Tensor | None = None,  # [S] | target's shape
+        token_weight: Tensor | None = None,  # target's shape
+        margin: Tensor | None = None,  # [P]
+        desirable: Tensor | None = None,  # [S] bool
+        kl: Tensor | None = None,  # []
+        off_policy: Tensor | None = None,  # [S] bool
+        reference: Tensor | None = None,  # [S] bool
+        group: Tensor | None = None,  # [S]
+    ) -> None:
+        self.target = target
+        self.cu_seqlens = cu_seqlens
+        self.old_logp = old_logp
+        self.ref_logp = ref_logp
+        self.sampler_logp = sampler_logp
+        self.advantage = advantage
+        self.token_weight = token_weight
+        self.margin = margin
+        self.desirable = desirable
+        self.kl = kl
+        self.off_policy = off_policy
+        self.reference = reference
+        self.group = group
+        self.advantage_per_token = advantage is not None and advantage.shape == target.shape
+        self.sequences = self._check()
+        self.is_live = False
+
+    @classmethod
+    def from_labels(cls, labels: Tensor, **fields: Tensor | None) -> Batch:  # labels [B, T]
+        """A batch from Hugging Face labels: [B, T], unshifted, -100 where there is no loss.
+
+        Keeps the shape [B, T] by shifting left; the last target of every row is -100. The other fields are
+        given in the shifted alignment, as for the constructor.
+        """
+        if labels.dim() != 2:
+            raise ValueError(
+                f"Batch.from_labels: labels must be [B, T]; got {list(labels.shape)}. "
+                "For packed sequences shift inside each sequence and call Batch(target, cu_seqlens=...)."
+            )
+        target = torch.full_like(labels, IGNORE_INDEX)
+        target[:, :-1] = labels[:, 1:]
+        return cls(target, **fields)
+
+    def _check(self) -> int:
+        """Checks every field against the layout; returns the number of sequences S."""
+        target = self.target
+        if target.dtype != torch.int64:
+            raise TypeError(f"Batch: target must be int64; got {target.dtype}. Call target.long().")
+        if target.dim() == 2:
+            if self.cu_seqlens is not None:
+                raise ValueError(
+                    f"Batch: target [B, T] = {list(target.shape)} is padded, so cu_seqlens must be None. "
+                    "For packed sequences pass target as [N]."
+                )
+            S = target.shape[0]
+        elif target.dim() == 1 and self.cu_seqlens is not None:
+            self._check_offsets(self.cu_seqlens, target.numel())
+            S = self.cu_seqlens.numel() - 1
+        else:
+            raise ValueError(
+                f"Batch: target must be padded [B, T], or packed [N] with cu_seqlens [S+1]; got "
+                f"{list(target.shape)} and cu_seqlens={'given' if self.cu_seqlens is not None else None}."
+            )
+        for name in _PER_TOKEN:
+            self._check_shape(name, tuple(target.shape), "target's shape")
+        for name in _PER_SEQUENCE:
+            self._check_shape(name, (S,), "[S]")
+        for name in ("desirable", "off_policy", "reference"):
+            field = getattr(self, name)
+            if field is not None and field.dtype != torch.bool:
+                raise TypeError(f"Batch: {name} must be bool; got {field.dtype}. Call {name}.bool().")
+        if not self.advantage_per_token:
+            self._check_shape("advantage", (S,), "[S], or target's shape for one advantage per token")
+        if self.margin is not None:
+            self._check_shape("margin", (S // 2,), "[P] with P = S/2 pairs")
+        if self.kl is not None:
+            self._check_shape("kl", (), "[] (a scalar tensor)")
+        return S
+
+    def _check_shape(self, name: str, expected: tuple[int, ...], meaning: str) -> None:
+        field = getattr(self, name)
+        if field is None:
+            return
+        if not isinstance(field, Tensor):
+            raise TypeError(f"Batch: {name} must be a Tensor or None; got {type(field).__name__}.")
+        if tuple(field.shape) != expected:
+            raise ValueError(
+                f"Batch: {name} must be {meaning} = {list(expected)} to match target "
+                f"{list(self.target.shape)}; got {list(field.shape)}."
+            )
+
+    @staticmethod
+    def _check_offsets(cu_seqlens: Tensor, tokens: int) -> None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.is_floating_point():
+            raise ValueError(
+                f"Batch: cu_seqlens must be [S+1] integers; got {list(cu_seqlens.shape)} {cu_seqlens.dtype}."
+            )
+        if cu_seqlens.device.type == "cpu":  # elsewhere reading it would stall the device
+            offsets = cu_seqlens.tolist()
+            if offsets[0] != 0 or offsets[-1] != tokens or sorted(offsets) != offsets:
+                raise ValueError(
+                    f"Batch: cu_seqlens must rise from 0 to N = {tokens}; got {offsets[:3]} ... "
+                    f"{offsets[-1]}."
+                )
+
+    # ---- what the layout says, for any batch -------------------------------------------------------------
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[n] int64: the live positions, as rows of the flattened target (and hidden), rising."""
+        return (self.target.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
+
+    @cached_property
+    def sequence(self) -> Tensor:
+        """[n] int64: the sequence that each live token belongs to."""
+        if self.target.dim() == 2:
+            return self.rows // max(self.target.shape[1], 1)
+        assert self.cu_seqlens is not None
+        return torch.bucketize(self.rows, self.cu_seqlens[1:].long(), right=True)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """[S] int64: live tokens of each sequence."""
+        return torch.zeros(self.sequences, dtype=torch.int64, device=self.target.device).index_add_(
+            0, self.sequence, torch.ones_like(self.sequence)
+        )
+
+    @property
+    def pairs(self) -> int:
+        """P. Raises ValueError if the sequences do not come in pairs."""
+        if self.sequences % 2:
+            raise ValueError(
+                f"Batch: pairs need an even number of sequences, chosen first and rejected second; got "
+                f"{self.sequences}."
+            )
+        return self.sequences // 2
+
+    def count(self, unit: str) -> int:
+        """How many "tokens" (live), "sequences" (with or without live tokens) or "pairs" there are."""
+        if unit == "tokens":
+            return self.rows.numel()
+        if unit == "sequences":
+            return self.sequences
+        if unit == "pairs":
+            return self.pairs
+        raise ValueError(f'Batch.count: unit must be "tokens", "sequences" or "pairs"; got {unit!r}.')
+
+    # ---- the live view, and parts of it ------------------------------------------------------------------
+
+    def live(self) -> Batch:
+        """The same batch, packed, with live tokens only: per-token fields are [n], target included.
+
+        `rows` still points into the original flattened hidden.
+        """
+        return self if self.is_live else self._take(self.rows, self.rows, self.sequence, self.lengths)
+
+    def take_tokens(self, index: Tensor) -> Batch:  # [k] positions among the live tokens
+        """Some tokens of a live batch; whatever is per sequence stays whole, `lengths` included."""
+        return self._take(index, self.rows[index], self.sequence[index], self.lengths)
+
+    def take_sequences(self, index: Tensor) -> tuple[Batch, Tensor]:  # [k] sequence numbers
+        """Some whole sequences of a live batch, in the given order, and their tokens' positions [m] in it."""
+        lengths = self.lengths[index]
+        starts = self.lengths.cumsum(0)[index] - lengths
+        shift = starts - (
+            lengths.cumsum(0) - lengths
+        )  # from a token's place in the part to its place in self
+        sequence = torch.repeat_interleave(lengths)
+        tokens = shift[sequence] + torch.arange(sequence.numel(), device=sequence.device)
+        part = self._take(tokens, self.rows[tokens], sequence, lengths)
+        part.sequences = index.numel()
+        for name in self._per_sequence():
+            field = getattr(self, name)
+            setattr(part, name, None if field is None else field[index])
+        if self.margin is not None:
+            part.margin = self.margin[index[: part.pairs]]
+        return part, tokens
+
+    def _take(self, flat: Tensor, rows: Tensor, sequence: Tensor, lengths: Tensor) -> Batch:
+        """A live batch of the tokens that stand at `flat` in this batch's flattened per-token fields."""
+        part = copy.copy(self)
+        part.target = self.target.reshape(-1)[flat]
+        for name in self._per_token():
+            field = getattr(self, name)
+            setattr(part, name, None if field is None else field.reshape(-1)[flat])
+        part.cu_seqlens = None
+        part.is_live = True
+        # the cached layout of the part, known without another look at the targets
+        part.rows, part.sequence, part.lengths = rows, sequence, lengths
+        return part
+
+    def _per_token(self) -> tuple[str, ...]:
+        return (*_PER_TOKEN, "advantage") if self.advantage_per_token else _PER_TOKEN
+
+    def _per_sequence(self) -> tuple[str, ...]:
+        return _PER_SEQUENCE if self.advantage_per_token else (*_PER_SEQUENCE, "advantage")
+
+    # ---- what losses use; on a live batch -----------------------------------------------------------------
+
+    def sum(self, x: Tensor) -> Tensor:  # [n] -> [S]
+        """Sum of x over the tokens of each sequence, weighted by `token_weight` if given.
+
+        Adds in float64: float32 would lose digits of a log-prob summed over thousands of tokens.
+        """
+        if self.token_weight is not None:
+            x = x * self.token_weight.to(x.dtype)
+        zeros = torch.zeros(self.sequences, dtype=torch.float64, device=x.device)
+        return zeros.index_add(0, self.sequence, x.double()).to(x.dtype)
+
+    def mean(self, x: Tensor) -> Tensor:  # [n] -> [S]
+        """`sum(x)` divided by the number of live tokens; 0 for a sequence without any."""
+        return self.sum(x) / self.lengths.clamp(min=1).to(x.dtype)
+
+    def spread(self, x: Tensor) -> Tensor:  # [S] -> [n]
+        """The value of its sequence, for every token."""
+        return x[self.sequence]
+
+    def chosen(self, x: Tensor) -> Tensor:  # [S] -> [P]
+        return x[: self.pairs]
+
+    def rejected(self, x: Tensor) -> Tensor:  # [S] -> [P]
+        return x[self.pairs :]
+
+    def need(self, name: str, who: str) -> Tensor:
+        """The field `name`, or a ValueError that says who needs it."""
+        field = getattr(self, name)
+        if field is None:
+            raise ValueError(f"{who} needs Batch({name}=...); got None.")
+        return field
+
+    def token_advantage(self, who: str) -> Tensor:
+        """[n]: the advantage of each token, whether it was given per token or per sequence."""
+        advantage = self.need("advantage", who)
+        return advantage if self.advantage_per_token else self.spread(advantage)

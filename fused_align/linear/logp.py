@@ -1,0 +1,240 @@
+"""The waist: per-token log-probabilities of a linear head, differentiable, without logits [N, V].
+
+`linear_logp` and `token_stats` validate, then run one forward custom op; autograd runs one backward (ops.py).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends.eager import dense_stats
+from ..batch import IGNORE_INDEX
+from . import ops
+from .passes import work_dtype
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class TokenStats(NamedTuple):
+    """Per-token results, each [...] in nats, 0 where ignored; None where not asked for."""
+
+    logp: Tensor
+    entropy: Tensor | None
+    lse: Tensor | None
+
+
+def linear_logp(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [...] int64
+    *,
+    bias: Tensor | None = None,  # [V]
+    temperature: float | Tensor = 1.0,  # [...]
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    backend: str = "auto",
+    plan: str = "auto",
+    precision: str = "high",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """log p(target | hidden) of a linear head, per token, in nats; logits [N, V] never exist.
+
+    a = hidden @ weight.T + bias; z = softcap * tanh(logit_scale * a / softcap) / temperature (no tanh without
+    softcap); logp = z[target] - logsumexp(z). hidden[i] predicts target[i]: shift first.
+
+    Args:
+        hidden, weight, bias: float64, float32, bfloat16 or float16, and they may differ. Differentiable.
+            Under autocast the operands are rounded to its dtype, as torch's linear would.
+        target: positions equal to `ignore_index` cost nothing and give 0 and no gradient.
+        temperature: one number, or one per token; positive; not differentiable.
+        backend: "auto" | "torch" | "eager" (dense; the oracle).
+        plan: "auto" | "score" | "jacobian" | "recompute"; see `fused_align.linear.plan`.
+        precision: "high": float32 logits whatever the operands; "bf16": the 16-bit GEMM's rounded output.
+        workspace_bytes: bound on scratch memory, beyond inputs and outputs (those include the [N, H] float32
+            product that plan "jacobian" keeps for the backward). Default: 256 MiB on a CPU.
+
+    Returns:
+        logp [...] float32; float64 if hidden or weight is. Gradients come in their inputs' dtypes; that of
+        the weight is accumulated in float32 and rounded once.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or options that do not fit; on a CPU also targets outside [0, V)
+            (on CUDA such a row is NaN: reading targets would stall the device).
+    """
+    return _stats(
+        "linear_logp", hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_index,
+        backend, plan, precision, workspace_bytes, entropy=False, lse=False,
+    ).logp  # fmt: skip
+
+
+def token_stats(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [...] int64
+    *,
+    bias: Tensor | None = None,  # [V]
+    temperature: float | Tensor = 1.0,  # [...]
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    backend: str = "auto",
+    plan: str = "auto",
+    precision: str = "high",
+    workspace_bytes: int | None = None,
+    entropy: bool = False,
+    lse: bool = False,
+) -> TokenStats:
+    """`linear_logp` with, from the same pass, the entropy of the next-token distribution and the logsumexp.
+
+    Same arguments and errors. All three outputs are differentiable, [...] in nats and 0 where ignored. The
+    entropy's gradient needs the logits once more, so with it only plan "recompute" serves.
+    """
+    return _stats(
+        "token_stats", hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_index,
+        backend, plan, precision, workspace_bytes, entropy=entropy, lse=lse,
+    )  # fmt: skip
+
+
+def _stats(
+    who: str,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    backend: str,
+    plan: str,
+    precision: str,
+    workspace_bytes: int | None,
+    *,
+    entropy: bool,
+    lse: bool,
+) -> TokenStats:
+    check_head(who, hidden, weight, bias, logit_scale, softcap, precision)
+    check_target(who, hidden, target, temperature)
+    shape, size = target.shape, hidden.shape[-1]
+    flat, y = hidden.reshape(-1, size), target.reshape(-1)
+    if ignore_index != IGNORE_INDEX:
+        y = torch.where(y == ignore_index, IGNORE_INDEX, y)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().reshape(-1)
+    if backends.pick(backend, hidden.device) == "eager":
+        found = _eager(who, flat, weight, bias, y, temperature, logit_scale, softcap)
+    else:
+        grad = torch.is_grad_enabled()
+        per_row = isinstance(temperature, Tensor)
+        found = torch.ops.fused_align.linear_logp_forward(
+            flat,
+            weight,
+            bias,
+            y,
+            temperature if per_row else None,
+            1.0 if per_row else float(temperature),
+            float(logit_scale),
+            None if softcap is None else float(softcap),
+            autocast_dtype(hidden, weight),
+            precision == "bf16",
+            plan,
+            workspace_bytes,
+            entropy,
+            grad and hidden.requires_grad,
+            grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
+        )
+    return TokenStats(
+        found[0].reshape(shape),
+        found[1].reshape(shape) if entropy else None,
+        found[2].reshape(shape) if lse else None,
+    )
+
+
+def _eager(
+    who: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    temperature: float | Tensor,
+    logit_scale: float,
+    softcap: float | None,
+) -> list[Tensor]:
+    rows = (target != IGNORE_INDEX).nonzero().squeeze(1)
+    y = ops.check_range(who, target[rows], weight.shape[0])
+    if isinstance(temperature, Tensor):
+        temperature = temperature[rows]
+    dtype = work_dtype(hidden, weight)
+    live = dense_stats(hidden[rows], weight, bias, y, temperature, logit_scale, softcap, dtype)
+    return [torch.zeros(target.shape, dtype=dtype, device=x.device).index_copy(0, rows, x) for x in live]
+
+
+# ---- validation ----------------------------------------------------------------------------------------
+
+
+def check_head(
+    who: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    precision: str,
+) -> None:
+    """Raises with a sentence if hidden, weight, bias and the head's options do not fit together."""
+    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        size = hidden.shape[-1] if hidden.dim() else "?"
+        swapped = weight.dim() == 2 and weight.shape[0] == size
+        raise ValueError(
+            f"{who}: weight must be [V, H] with H={size} to match hidden {list(hidden.shape)}; got "
+            f"{list(weight.shape)}.{' Did you pass weight.T?' if swapped else ''}"
+        )
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise TypeError(
+                f"{who}: {name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}."
+            )
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{who}: {name} is on {tensor.device}, hidden on {hidden.device}; move one.")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"{who}: bias must be [V] = [{weight.shape[0]}]; got {list(bias.shape)}.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{who}: softcap must be positive, or None for no cap; got {softcap}.")
+    if logit_scale == 0:
+        raise ValueError(f"{who}: logit_scale must not be 0, which makes all logits equal.")
+    if precision not in ("high", "bf16"):
+        raise ValueError(f'{who}: precision must be "high" or "bf16"; got {precision!r}.')
+
+
+def check_target(who: str, hidden: Tensor, target: Tensor, temperature: float | Tensor) -> None:
+    """Raises with a sentence if target or temperature do not fit hidden."""
+    if target.dtype != torch.int64:
+        raise TypeError(f"{who}: target must be int64; got {target.dtype}. Call target.long().")
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{who}: target must be {list(hidden.shape[:-1])} to match hidden {list(hidden.shape)}; got "
+            f"{list(target.shape)}."
+        )
+    if target.device != hidden.device:
+        raise ValueError(f"{who}: target is on {target.device}, hidden on {hidden.device}; move one.")
+    if isinstance(temperature, Tensor):
+        if temperature.shape != target.shape:
+            raise ValueError(
+                f"{who}: temperature must be a number or {list(target.shape)}, one per token; got "
+                f"{list(temperature.shape)}."
+            )
+    elif not temperature > 0:
+        raise ValueError(f"{who}: temperature must be positive; got {temperature}.")
+
+
+def autocast_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
+    """The dtype that autocast rounds GEMM operands to, or None. float64 stays, as in torch's own linear."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind) or work_dtype(hidden, weight) == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)

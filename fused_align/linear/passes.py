@@ -1,0 +1,405 @@
+"""The plans, written once over the steps of a backend: walks over the vocabulary for chunks of rows.
+
+For row t with target y and z its scaled, capped, tempered logits, one forward walk computes
+
+    E_tv = 2^(z_tv log2 e - ref_t), the target's column 0         S_t = sum_v E_tv
+
+against a reference known before the first tile, ref = z_y log2 e + 58 (e^40 above the target), so that tiles
+may come in any order and no running maximum is kept. Then, with Z = S + 2^(z_y log2 e - ref),
+
+    logp = -softplus(ln S + ref ln 2 - z_y)      1 - p_y = S / Z      lse = z_y - logp
+
+    dz_y = c (1 - p_y) f_y        dz_v = -(c / Z) E_v f_v             f_v = dz_v / da_v of the raw logit a
+
+The target's part is exact and apart from the rest; c / Z scales rows of hidden or of E @ W, never E.
+Rows with logp below -80 leave the range of float32 around that reference: they are walked again against their
+true maximum (`_redo`). From then on only `ref` tells them from the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..backends import torch_ as steps
+from ..backends.torch_ import LN2, LOG2E
+from .plan import HALF, Plan
+
+SHIFT = 58.0  # base 2; e^40.2
+LOWEST = -80.0  # logp below which Z leaves 2^-58 .. 2^58
+
+Index = slice | Tensor  # rows of the flat hidden
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns a hidden row into logits: z = cap(logit_scale * (h W^T + b)) / temperature."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    operand: torch.dtype | None = None  # GEMM operands are rounded to this first (autocast)
+    rounded: bool = False  # precision="bf16"
+
+    def tile(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """weight [v, H] and bias [v] of a slice of the vocabulary."""
+        weight = self.weight[start:stop]
+        if self.operand is not None:
+            weight = weight.to(self.operand)
+        return weight, None if self.bias is None else self.bias[start:stop]
+
+
+@dataclass
+class Chunk:
+    """Rows that are walked together, and what a walk leaves of them."""
+
+    index: Index
+    x: Tensor  # [r, H], as the GEMMs take it
+    target: Tensor  # [r]
+    gain: float | Tensor  # [r]; base-2 exponent per unit of (capped) logit
+    factor: Tensor  # [r]; dz/da, but for the cap's 1 - tanh^2
+    z: Tensor  # [r], the target's logit
+    ref: Tensor  # [r], base 2
+    total: Tensor  # [r], S
+    moment: Tensor | None = None  # [r], sum_v E_v (z_v - z_y)
+
+    def rows(self, index: Tensor) -> Chunk:
+        """Some of the rows, with sums of their own."""
+        return replace(
+            self,
+            index=index,
+            x=self.x[index],
+            target=self.target[index],
+            gain=self.gain[index] if isinstance(self.gain, Tensor) else self.gain,
+            factor=self.factor[index],
+            z=self.z[index],
+            ref=self.ref[index],
+            total=self.total[index],
+            moment=None if self.moment is None else self.moment[index],
+        )
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """logp, 1 - p_y, 1/Z, each [r]."""
+        return steps.finish_rows(self.z, self.ref, self.total)
+
+    def entropy(self, logp: Tensor, inverse: Tensor) -> Tensor:
+        assert self.moment is not None
+        return -logp - inverse * self.moment
+
+
+def load(
+    head: Head,
+    hidden: Tensor,  # [M, H]
+    index: Index,
+    target: Tensor,  # [r]
+    temperature: float | Tensor,  # [r]
+    *,
+    entropy: bool = False,
+    saved: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Chunk:
+    """A chunk ready to be walked: the target's logits by gather-dot, and the references from them.
+
+    saved: (z, ref, S) of an earlier walk over the same rows.
+    """
+    work = work_dtype(hidden, head.weight)
+    x = hidden[index]
+    if head.operand is not None:
+        x = x.to(head.operand)
+    if x.dtype not in HALF or not (x.is_cuda or head.rounded):
+        x = x.to(work)
+    inverse = 1 / (temperature.to(work) if isinstance(temperature, Tensor) else temperature)
+    gain = (head.logit_scale if head.softcap is None else head.softcap) * LOG2E * inverse
+    factor = torch.as_tensor(head.logit_scale * inverse, dtype=work, device=x.device).expand(x.shape[0])
+    if saved is not None:
+        z, ref, total = saved
+    else:
+        z = steps.target_logit(x, head.weight, head.bias, target, head.operand)
+        z = (z.double() * head.logit_scale).to(work)
+        if head.softcap is not None:
+            z = head.softcap * torch.tanh(z / head.softcap)
+        z = z * inverse
+        ref = (z.double() * LOG2E + SHIFT).to(work)
+        total = torch.zeros_like(z)
+    moment = torch.zeros_like(z) if entropy else None
+    return Chunk(index, x, target, gain, factor, z, ref, total, moment)
+
+
+class Walk:
+    """Walks over the vocabulary for one head, with the sizes of a plan and scratch for its tiles."""
+
+    def __init__(self, head: Head, plan: Plan, scratch: Tensor) -> None:  # scratch: flat, work dtype
+        self.head, self.rows, self.cols = head, plan.rows, plan.cols
+        self.area = plan.rows * plan.cols
+        self.scratch = scratch
+
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        vocab = self.head.weight.shape[0]
+        for start in range(0, vocab, self.cols):
+            yield start, min(start + self.cols, vocab)
+
+    def _scratch(self, number: int, rows: int, cols: int) -> Tensor:
+        """Scratch tile `number` as [rows, cols]."""
+        return self.scratch[number * self.area :][: rows * cols].view(rows, cols)
+
+    def complete(self, rows: int) -> Tensor:
+        """Scratch for complete rows, [rows, V]: behind the tiles, in plans that hold them."""
+        vocab = self.head.weight.shape[0]
+        return self.scratch[self.scratch.numel() - self.rows * vocab :][: rows * vocab].view(rows, vocab)
+
+    def exponents(
+        self, chunk: Chunk, start: int, stop: int, tile: Tensor, ref: Tensor | None, used: int
+    ) -> Tensor | None:
+        """Fills tile with exponents; returns tanh^2 in scratch tile `used` if the head is capped."""
+        head, shape = self.head, (chunk.x.shape[0], stop - start)
+        square = None if head.softcap is None else self._scratch(used, *shape)
+        weight, bias = head.tile(start, stop)
+        steps.exponents(
+            tile,
+            chunk.x,
+            weight,
+            bias,
+            ref,
+            inner=head.logit_scale / head.softcap if head.softcap is not None else 1.0,
+            gain=chunk.gain,
+            square=square,
+            rounded=head.rounded,
+        )
+        return square
+
+    def forward(
+        self,
+        chunk: Chunk,
+        keep: Tensor | None = None,  # [r, V] out
+        product: Tensor | None = None,  # [r, H] out
+    ) -> None:
+        """Fills chunk.total (and chunk.moment): all that log-probs, lse and entropies need.
+
+        keep receives E f, product receives (E f) @ W, where f is the cap's 1 - tanh^2 (after S is summed).
+        """
+        self._walk(chunk, keep, product)
+        logp, _, _ = chunk.finish()
+        lost = (~(logp >= LOWEST)).nonzero().squeeze(1)
+        if lost.numel():
+            self._redo(chunk, lost, keep, product)
+
+    def _walk(
+        self, chunk: Chunk, keep: Tensor | None, product: Tensor | None, at: Tensor | None = None
+    ) -> None:
+        """at: the rows of `keep` that the chunk's rows go to; None where they are all of them, in place."""
+        rows = chunk.x.shape[0]
+        for start, stop in self.tiles():
+            if keep is not None and at is None:
+                tile = keep[:, start:stop]
+            else:
+                tile = self._scratch(0, rows, stop - start)
+            square = self.exponents(chunk, start, stop, tile, chunk.ref, used=1)
+            distance = None
+            if chunk.moment is not None:
+                distance = self._scratch(2 if square is not None else 1, rows, stop - start)
+                torch.add(tile, self._offset(chunk)[:, None], out=distance)
+            steps.exp_tile(tile, chunk.target - start)
+            chunk.total.add_(tile.sum(1))
+            if distance is not None and chunk.moment is not None:
+                chunk.moment.add_(distance.mul_(tile).sum(1), alpha=LN2)
+            if square is not None and (keep is not None or product is not None):
+                tile.addcmul_(tile, square, value=-1)
+            if product is not None:
+                weight, _ = self.head.tile(start, stop)
+                steps.gemm(product, tile, weight, beta=float(start > 0), rounded=self.head.rounded)
+            if keep is not None and at is not None:
+                keep[at, start:stop] = tile
+
+    @staticmethod
+    def _offset(chunk: Chunk) -> Tensor:
+        """[r]: what turns an exponent into (z_v - z_y) log2 e; 58 but for rows walked again."""
+        return (chunk.ref.double() - chunk.z.double() * LOG2E).to(chunk.z.dtype)
+
+    def _redo(self, chunk: Chunk, index: Tensor, keep: Tensor | None, product: Tensor | None) -> None:
+        """Walks some rows again, against their true maximum instead of the target."""
+        part = chunk.rows(index)
+        part.ref = torch.full_like(part.z, -math.inf)
+        for start, stop in self.tiles():
+            tile = self._scratch(0, index.numel(), stop - start)
+            self.exponents(part, start, stop, tile, None, used=1)
+            part.ref = torch.maximum(part.ref, tile.amax(1))
+        part.total = torch.zeros_like(part.z)
+        part.moment = None if part.moment is None else torch.zeros_like(part.z)
+        part_product = None if product is None else product[index]
+        self._walk(part, keep, part_product, at=index)
+        chunk.ref[index], chunk.total[index] = part.ref, part.total
+        if chunk.moment is not None and part.moment is not None:
+            chunk.moment[index] = part.moment
+        if product is not None and part_product is not None:
+            product[index] = part_product
+
+    def backward(self, chunk: Chunk, coef: Coefficients, kept: Tensor | None, grads: Gradients) -> None:
+        """Adds the gradients of a chunk: from the E f that forward kept, or from tiles computed again."""
+        work = chunk.z.dtype
+        rows = chunk.x.shape[0]
+        scaled = (chunk.x.to(work) * coef.rows[:, None]).to(chunk.x.dtype)
+        dhidden = grads.rows_of_hidden(chunk)
+        order = chunk.target.argsort(stable=True)
+        edges = torch.tensor([start for start, _ in self.tiles()] + [self.head.weight.shape[0]])
+        bounds = torch.searchsorted(chunk.target[order], edges.to(order.device)).tolist()
+        for number, (start, stop) in enumerate(self.tiles()):
+            if kept is not None:
+                tile = kept[:, start:stop]
+            else:
+                tile = self._scratch(0, rows, stop - start)
+                self._gradient_tile(chunk, coef, start, stop, tile)
+            weight, _ = self.head.tile(start, stop)
+            if dhidden is not None:
+                steps.gemm(dhidden, tile, weight, beta=float(start > 0), rounded=self.head.rounded)
+            mine = order[bounds[number] : bounds[number + 1]]
+            grads.add_tile(chunk, coef, tile, scaled, start, stop, mine, self.head.rounded)
+        if dhidden is not None:
+            dhidden.mul_(coef.rows[:, None])
+            steps.add_target_rows(dhidden, self.head.weight, chunk.target, coef.target, self.head.operand)
+            grads.store_hidden(chunk, dhidden)
+        grads.started = True
+
+    def _gradient_tile(self, chunk: Chunk, coef: Coefficients, start: int, stop: int, tile: Tensor) -> None:
+        """E f again; with an entropy gradient also times its affine function of z_v - z_y."""
+        square = self.exponents(chunk, start, stop, tile, chunk.ref, used=1)
+        mix = None
+        if coef.mix is not None:
+            constant, slope = coef.mix
+            mix = self._scratch(2 if square is not None else 1, *tile.shape)
+            torch.add(tile, self._offset(chunk)[:, None], out=mix)
+            mix.mul_(slope[:, None] * LN2).add_(constant[:, None])
+        steps.exp_tile(tile, chunk.target - start)
+        if square is not None:
+            tile.addcmul_(tile, square, value=-1)
+        if mix is not None:
+            tile.mul_(mix)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What multiplies the rows of a chunk in the gradient GEMMs, [r] each."""
+
+    rows: Tensor  # on E f
+    target: Tensor  # on the target's column
+    mix: tuple[Tensor, Tensor] | None  # (a, b) where E f is first multiplied by a + b (z_v - z_y)
+
+
+def coefficients(
+    head: Head,
+    chunk: Chunk,
+    dlogp: Tensor,  # [r]
+    dlse: Tensor | None = None,  # [r]
+    dentropy: Tensor | None = None,  # [r]
+    entropy: Tensor | None = None,  # [r]; given with dentropy
+) -> Coefficients:
+    """Upstream gradients of logp, lse and entropy -> coefficients of dz.
+
+    d lse / dz_v = p_v, and d entropy / dz_v = -p_v (log p_v + entropy) with log p_v = logp + z_v - z_y.
+    """
+    logp, miss, inverse = chunk.finish()
+    slope = chunk.factor
+    if head.softcap is not None:
+        temperature = head.logit_scale / chunk.factor
+        slope = slope * (1 - (chunk.z * temperature / head.softcap).square())
+    others = dlogp if dlse is None else dlogp - dlse
+    target = dlogp * miss if dlse is None else dlogp * miss + dlse * (1 - miss)
+    if dentropy is None or entropy is None:
+        return Coefficients(-others * inverse * chunk.factor, target * slope, None)
+    target = target - dentropy * (1 - miss) * (logp + entropy)
+    constant = -(others + dentropy * (logp + entropy)) * inverse
+    return Coefficients(chunk.factor, target * slope, (constant, -dentropy * inverse))
+
+
+class Gradients:
+    """The gradients under construction, allocated once; chunks add to them."""
+
+    def __init__(
+        self, head: Head, hidden: Tensor, all_rows: bool, needs: tuple[bool, bool, bool], keeps: bool
+    ):
+        """needs: hidden, weight, bias. keeps: chunks come one after another, each with every column."""
+        work = work_dtype(hidden, head.weight)
+        weight = head.weight
+        new = torch.empty_like if all_rows else torch.zeros_like
+        self.hidden = new(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+        self.bias = torch.zeros(weight.shape[0], dtype=work, device=weight.device) if needs[2] else None
+        self.started = False
+        # A 16-bit dweight is rounded once: from slices where each is written once, else from a float32 sum.
+        self.sum = None
+        if self.weight is not None and weight.dtype == work:
+            self.sum = self.weight
+        elif self.weight is not None and keeps:
+            self.sum = torch.empty(weight.shape, dtype=work, device=weight.device)
+
+    def rows_of_hidden(self, chunk: Chunk) -> Tensor | None:
+        """Where a chunk's dhidden is accumulated: in place where it can be."""
+        if self.hidden is None:
+            return None
+        if self._in_place(chunk):
+            return self.hidden[chunk.index]
+        return torch.empty(chunk.x.shape, dtype=chunk.z.dtype, device=chunk.x.device)
+
+    def store_hidden(self, chunk: Chunk, dhidden: Tensor) -> None:
+        if self.hidden is not None and not self._in_place(chunk):
+            self.hidden[chunk.index] = dhidden.to(self.hidden.dtype)
+
+    def _in_place(self, chunk: Chunk) -> bool:
+        return (
+            isinstance(chunk.index, slice) and self.hidden is not None and self.hidden.dtype == chunk.z.dtype
+        )
+
+    def add_tile(
+        self,
+        chunk: Chunk,
+        coef: Coefficients,
+        tile: Tensor,  # [r, v], E f
+        scaled: Tensor,  # [r, H]
+        start: int,
+        stop: int,
+        mine: Tensor,  # [k] rows whose target lies in the tile, by target
+        rounded: bool,
+    ) -> None:
+        """dweight and dbias of one slice of the vocabulary."""
+        target, column = coef.target[mine], chunk.target[mine] - start
+        if self.weight is not None:
+            if self.sum is not None:
+                part, beta = self.sum[start:stop], float(self.started)
+            else:
+                part = torch.empty(stop - start, scaled.shape[1], dtype=tile.dtype, device=tile.device)
+                beta = 0.0
+            steps.gemm(part, tile.t(), scaled, beta=beta, rounded=rounded)
+            part.index_add_(0, column, chunk.x[mine].to(part.dtype) * target[:, None])
+            if self.sum is None:
+                self.weight[start:stop] = part.to(self.weight.dtype)
+        if self.bias is not None:
+            self.bias[start:stop].addmv_(tile.t(), coef.rows)
+            self.bias[start:stop].index_add_(0, column, target)
+
+    def add_jacobian(
+        self, head: Head, chunk: Chunk, coef: Coefficients, product: Tensor, others: Tensor
+    ) -> None:
+        """dhidden of a chunk from (1/Z) (E f) @ W, product [r, H]: others [r] * product + target rows."""
+        dhidden = self.rows_of_hidden(chunk)
+        if dhidden is None:
+            return
+        torch.mul(product, others[:, None], out=dhidden)
+        steps.add_target_rows(dhidden, head.weight, chunk.target, coef.target, head.operand)
+        self.store_hidden(chunk, dhidden)
+
+    def finish(self, head: Head) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dhidden, dweight, dbias, in the dtypes of what they are gradients of."""
+        if self.weight is not None and not self.started:
+            self.weight.zero_()
+        elif self.weight is not None and self.sum is not None and self.sum is not self.weight:
+            self.weight.copy_(self.sum)
+        bias = None if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype)
+        return self.hidden, self.weight, bias
+
+
+def work_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """float64 if either operand is, else float32: the dtype of logits, sums and log-probs."""
+    return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
