@@ -110,8 +110,8 @@ def _forward(
     logp, entropies, lse = (hidden.new_zeros(target.shape, dtype=work) for _ in range(3))
     state = hidden.new_zeros((3, target.numel()), dtype=work)
     jacobian = chosen.name == "jacobian"
-    # rows of ignored tokens stay unwritten: the backward reads live rows only
-    product = hidden.new_empty(hidden.shape if jacobian else (0,), dtype=work)
+    fresh = hidden.new_zeros if problem.masked else hidden.new_empty
+    product = fresh(hidden.shape if jacobian else (0,), dtype=work)
 
     def body(walk: Walk) -> None:
         for rows, place in chunked(index, chosen.rows):
@@ -152,8 +152,8 @@ def _(
 ):  # fmt: skip
     work = work_dtype(hidden, weight)
     logp, lse = (hidden.new_empty(target.shape, dtype=work) for _ in range(2))
-    # the planner's choice of jacobian depends on nothing but the flags, so that shapes are known when tracing
-    jacobian = plan == "jacobian" or (plan == "auto" and grad_hidden and not grad_head and not entropy)
+    # as the planner chooses: from the flags alone, so that shapes are known when tracing
+    jacobian = grad_hidden and not grad_head and (plan == "jacobian" or (plan == "auto" and not entropy))
     return [
         logp,
         hidden.new_empty(target.shape if entropy else (0,), dtype=work),

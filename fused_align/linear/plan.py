@@ -69,7 +69,7 @@ class Problem:
         if plan in ("single", "window", "recompute"):
             needed += size * rows * H * (gathered + 1)  # dhidden of the chunk; rows scaled by coefficients
         if plan == "jacobian":
-            needed += size * rows * H * self.masked
+            needed += size * rows * H * 2 * gathered  # product and dhidden of the chunk
         if plan in ("single", "window"):
             needed += size * rows * self.vocab
             needed += size * self.vocab * H * (half_weight and self.grad_head)  # float32 dweight
@@ -95,7 +95,7 @@ def budget(workspace_bytes: int | None, problem: Problem) -> int:
         return workspace_bytes
     if problem.device.type == "cpu":
         return 256 * MIB
-    fast = 2 * problem.bytes("single", min(problem.rows, 4096), 1024)
+    fast = problem.bytes("single", min(problem.rows, 4096), 1024)
     total = (
         torch.cuda.get_device_properties(problem.device).total_memory if problem.device.type == "cuda" else 0
     )
@@ -107,8 +107,6 @@ def why_not(plan: str, problem: Problem, available: int) -> str | None:
     grad = problem.grad_hidden or problem.grad_head
     if plan == "score":
         return "score computes no gradients, and some are needed" if grad else None
-    if not grad:
-        return "no gradient is needed; plan='score' is the one that runs"
     if plan == "jacobian":
         if problem.grad_head:
             return "jacobian serves a frozen head only, and the weight or bias needs a gradient"
@@ -133,7 +131,7 @@ def why_not(plan: str, problem: Problem, available: int) -> str | None:
 
 
 def choose(problem: Problem, plan: str = "auto", workspace_bytes: int | None = None) -> Plan:
-    """The plan and its sizes.
+    """The plan and its sizes. Where no gradient is needed that is score, whatever plan would form them.
 
     Raises:
         ValueError: no such plan, or the plan asked for cannot serve, with the reason.
@@ -141,7 +139,9 @@ def choose(problem: Problem, plan: str = "auto", workspace_bytes: int | None = N
     if plan not in PLANS:
         raise ValueError(f"plan must be one of {list(PLANS)}; got {plan!r}.")
     available = budget(workspace_bytes, problem)
-    if plan == "auto":  # in the order of their GEMM passes
+    if not (problem.grad_hidden or problem.grad_head):
+        plan = "score"
+    elif plan == "auto":  # in the order of their GEMM passes
         plan = next(name for name in PLANS[1:] if why_not(name, problem, available) is None)
     else:
         reason = why_not(plan, problem, available)
