@@ -1,0 +1,1 @@
+"""Where fused_align plugs into other libraries; each module imports its library, so import what you use."""

@@ -1,0 +1,175 @@
+"""fused-align train CONFIG.yaml [--field value ...]: align a model as a YAML file says.
+
+The file holds fields of ModelConfig, DataConfig and AlignConfig (which has all of Hugging Face's
+TrainingArguments), in any order. On the command line each can be set again: --learning_rate 1e-5,
+--humanline "[-1.5, 1.5]", --loss_args.beta 0.2, --bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from .config import AlignConfig, DataConfig, ModelConfig, near
+from .data import load_data
+from .model import load_model
+from .trainer import AlignTrainer
+
+SECTIONS = (ModelConfig, DataConfig, AlignConfig)
+FLOAT = "tag:yaml.org,2002:float"
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist or cannot be read."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as version 1.2 has it and most people read it: 1e-5 is a number; no, off, yes, on are words.
+
+    PyYAML's 1.1 makes a string of 1e-5, and False of save_strategy: no.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", FLOAT)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    FLOAT,
+    re.compile(
+        r"^[-+]?(?:(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+|\d+\.\d*|\.\d+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit status: 2 for settings that do not fit."""
+    parser = argparse.ArgumentParser(prog="fused-align", description=__doc__, formatter_class=_Help)
+    commands = parser.add_subparsers(dest="command", required=True)
+    help_train = "train (and evaluate, if there is held-out data) as a YAML file says"
+    train_parser = commands.add_parser(
+        "train", help=help_train, description=help_train, epilog=_fields(), formatter_class=_Help
+    )
+    train_parser.add_argument("config", type=Path, help="the YAML file")
+    known, overrides = parser.parse_known_args(argv)
+    try:
+        settings = parse(read(known.config) | {}, overrides)
+    except (ConfigError, ValueError, TypeError) as error:
+        print(f"fused-align: {error}", file=sys.stderr)
+        return 2
+    train(*settings)
+    return 0
+
+
+def train(model_config: ModelConfig, data_config: DataConfig, args: AlignConfig) -> dict[str, float]:
+    """Loads, trains (or resumes), saves the model to output_dir, and returns the final metrics."""
+    model, tokenizer = load_model(
+        model_config.model_name_or_path,
+        dtype=model_config.dtype,
+        revision=model_config.model_revision,
+        attn_implementation=model_config.attn_implementation,
+        trust_remote_code=model_config.trust_remote_code,
+    )
+    rows, held_out = load_data(data_config)
+    trainer = AlignTrainer(model, args, rows, held_out, tokenizer, peft_config=model_config.peft_config())
+    metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", metrics)
+    if held_out is not None:
+        found = trainer.evaluate()
+        trainer.log_metrics("eval", found)
+        trainer.save_metrics("eval", found)
+        metrics = metrics | found
+    return metrics
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The YAML file as a dict."""
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}.")
+    values = yaml.load(path.read_text(), _Loader)  # noqa: S506  (a SafeLoader)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold fields and values (name: value); got {type(values).__name__}.")
+    return values
+
+
+def parse(values: dict[str, Any], overrides: list[str]) -> tuple[ModelConfig, DataConfig, AlignConfig]:
+    """The three configs from a file's values and `--field value` arguments. Raises ValueError."""
+    values = {**values, **{key: dict(value) for key, value in values.items() if isinstance(value, dict)}}
+    for name, value in _overrides(overrides):
+        outer, _, inner = name.partition(".")
+        if not inner:
+            values[name] = value
+            continue
+        if not isinstance(values.get(outer) or {}, dict):
+            raise ConfigError(
+                f"--{name}: {outer} is {values[outer]!r}, not a mapping that {inner} could be set in."
+            )
+        values[outer] = {**(values.get(outer) or {}), inner: value}
+    known = {field.name for section in SECTIONS for field in dataclasses.fields(section) if field.init}
+    for name in values:
+        if name not in known:
+            raise ConfigError(
+                f"there is no setting {name!r}{near(name, known)} `fused-align train --help` lists them."
+            )
+    for required in ("model_name_or_path", "dataset"):
+        if not values.get(required):
+            raise ConfigError(f"{required} is not set; name it in the file or with --{required}.")
+    if str(values.get("resume_from_checkpoint", "")).lower() in ("true", "false"):
+        values["resume_from_checkpoint"] = str(values["resume_from_checkpoint"]).lower() == "true"
+    sections: Any = HfArgumentParser(list(SECTIONS)).parse_dict(values)
+    return sections
+
+
+def _overrides(arguments: list[str]) -> list[tuple[str, Any]]:
+    """--name value, --name=value, and --name alone for true, as pairs; values are YAML."""
+    found: list[tuple[str, Any]] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(
+                f"expected --field value; got {word!r}. Quote values with spaces: --humanline '[-1.5, 1.5]'."
+            )
+        name, equals, text = word[2:].partition("=")
+        if not equals:
+            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        try:
+            found.append((name.replace("-", "_"), yaml.load(text, _Loader)))  # noqa: S506  (a SafeLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--{name}: {text!r} is not a YAML value ({error}).") from error
+    return found
+
+
+def _fields() -> str:
+    """All settings with their help, for --help; TrainingArguments' own are named only."""
+    lines: list[str] = []
+    inherited = {field.name for field in dataclasses.fields(AlignConfig.__mro__[1])}
+    for section in SECTIONS:
+        lines.append(f"{section.__name__}:")
+        for field in dataclasses.fields(section):
+            if section is not AlignConfig or field.name not in inherited:
+                lines.append(f"  --{field.name}  {field.metadata.get('help', '')} [{field.default}]")
+    lines.append("Of transformers.TrainingArguments: " + ", ".join(sorted(inherited)))
+    return "\n".join(lines).replace("%", "%%")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps line breaks."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

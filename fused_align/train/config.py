@@ -1,0 +1,211 @@
+"""Every setting of a training run: what is optimised (AlignConfig), which model, which data."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+import fused_align as fa
+
+
+@dataclass
+class AlignConfig(TrainingArguments):
+    """Hugging Face's TrainingArguments, and what the alignment needs.
+
+    A row of the data set is one unit of per_device_train_batch_size: a pair, a judged completion, or a prompt
+    with all its completions. The loss is normalised over the whole optimizer step, whatever the number of
+    micro-batches and processes.
+    """
+
+    loss: str = field(
+        default="dpo", metadata={"help": "A name of fa.Loss.registry: sft, dpo, ipo, kto, grpo, ppo."}
+    )
+    loss_args: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Fields of the loss, e.g. {beta: 0.1}. None takes its defaults."}
+    )
+    humanline: Any = field(
+        default=None,
+        metadata={
+            "help": "Humanline clip of the token log-ratio: null (off), true (-1.5, 1.5), or [low, high] "
+            "in nats."
+        },
+    )
+    sync_every: int = field(
+        default=1,
+        metadata={
+            "help": "With humanline: the reference takes the policy's weights every so many steps; 0 = never."
+        },
+    )
+    max_length: int | None = field(
+        default=1024,
+        metadata={
+            "help": "Tokens of prompt and completion; longer completions lose their end. null = no limit."
+        },
+    )
+    scale_rewards: str = field(
+        default="group",
+        metadata={"help": 'grpo, ppo: divide advantages by the std of their "group", or "none".'},
+    )
+    backend: str = field(default="auto", metadata={"help": "Of fa.align_loss."})
+    plan: str = field(default="auto", metadata={"help": "Of fa.align_loss."})
+    precision: str = field(default="high", metadata={"help": 'Of fa.align_loss: "high" or "bf16".'})
+    workspace_mib: float | None = field(
+        default=None, metadata={"help": "Memory that the loss may use, in MiB. null = the device's default."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: the collator reads them."}
+    )
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_args"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError(
+                "AlignConfig: remove_unused_columns must be false: the collator reads columns of its own."
+            )
+        if self.bf16_full_eval or self.fp16_full_eval:
+            raise ValueError(
+                "AlignConfig: bf16_full_eval and fp16_full_eval would score the policy more coarsely than "
+                "the reference it is compared with. Leave them off; bf16: true trains and scores under "
+                "autocast."
+            )
+        if self.sync_every < 0:
+            raise ValueError(f"AlignConfig: sync_every must be 0 (never) or more; got {self.sync_every}.")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(
+                "AlignConfig: max_length must leave room for a prompt and a completion; got "
+                f"{self.max_length}."
+            )
+        if self.scale_rewards not in ("group", "none"):
+            raise ValueError(
+                f'AlignConfig: scale_rewards must be "group" or "none"; got {self.scale_rewards!r}.'
+            )
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns about it
+        made = self.make_loss()
+        if self.make_humanline() is not None and made.anchor is None:
+            raise ValueError(
+                f"AlignConfig: humanline clips a log-ratio against a reference, and {self.loss} has none. "
+                "Drop humanline or choose another loss."
+            )
+
+    def make_loss(self) -> fa.Loss:
+        """The loss that `loss` and `loss_args` describe. Raises ValueError for an unknown name or field."""
+        known = fa.Loss.registry
+        if self.loss not in known:
+            raise ValueError(
+                f"AlignConfig: loss must be one of {sorted(known)}; got {self.loss!r}{near(self.loss, known)}"
+            )
+        cls, given = known[self.loss], self.loss_args or {}
+        if not isinstance(given, dict):
+            raise ValueError(
+                f"AlignConfig: loss_args must map fields of {cls.__name__} to values; got {given!r}."
+            )
+        fields = {f.name for f in dataclasses.fields(cls) if f.init}
+        for name in given:
+            if name not in fields:
+                raise ValueError(
+                    f"AlignConfig: {cls.__name__} has no field {name!r}; it has "
+                    f"{sorted(fields)}{near(name, fields)}"
+                )
+        return cls(**given)
+
+    def make_humanline(self) -> fa.Humanline | None:
+        """None where the clip is off. Raises ValueError for anything but null, true, false or [low, high]."""
+        value = self.humanline
+        if value is None or value is False:
+            return None
+        if value is True:
+            return fa.Humanline()
+        if isinstance(value, (list, tuple)) and len(value) == 2:
+            return fa.Humanline(float(value[0]), float(value[1]))
+        raise ValueError(f"AlignConfig: humanline must be null, true, or [low, high] in nats; got {value!r}.")
+
+    def make_schedule(self) -> fa.SyncSchedule | None:
+        """When the reference takes the policy's weights; None: never."""
+        if self.make_humanline() is None or self.sync_every == 0:
+            return None
+        return fa.SyncSchedule(self.sync_every)
+
+    def call_options(self) -> dict[str, Any]:
+        """How the loss is to be computed: keyword arguments of fa.align_loss and fa.linear_logp."""
+        workspace = None if self.workspace_mib is None else int(self.workspace_mib * 2**20)
+        chosen = {"backend": self.backend, "plan": self.plan, "precision": self.precision}
+        return chosen | {"workspace_bytes": workspace}
+
+
+@dataclass
+class ModelConfig:
+    """The model, and the LoRA adapter if one is trained (lora_r > 0)."""
+
+    model_name_or_path: str = field(
+        default="",
+        metadata={
+            "help": "A hub name, a folder, a .gguf file, or package:NAME/FILE of an installed package."
+        },
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Of the weights: float32, bfloat16, float16 or auto."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "As in transformers: sdpa, eager, ..."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter; 0 trains the whole model."})
+    lora_alpha: float = field(default=32, metadata={"help": "LoRA scale: alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: Any = field(
+        default="all-linear",
+        metadata={"help": "Module names, a pattern, or all-linear (every linear but the head)."},
+    )
+
+    def peft_config(self) -> Any:
+        """A peft.LoraConfig, or None to train the whole model."""
+        if self.lora_r == 0:
+            return None
+        from peft import LoraConfig
+
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,  # pyright: ignore[reportArgumentType]  (peft takes floats too)
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules,
+        )
+
+
+@dataclass
+class DataConfig:
+    """The rows to train and to evaluate on."""
+
+    dataset: str = field(
+        default="", metadata={"help": "A .jsonl or .json file, a folder, or a name on the hub."}
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the data set on the hub."}
+    )
+    dataset_split: str = field(
+        default="train", metadata={"help": "Split to train on, e.g. train or train[:90%]."}
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "As dataset; held out. null: eval_split, or none."}
+    )
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on, of eval_dataset or dataset."}
+    )
+    chat: bool = field(
+        default=False,
+        metadata={"help": "Wrap plain prompts and completions as a user's and an assistant's message."},
+    )
+
+
+def near(name: str, known: Any) -> str:
+    """The end of a sentence that names the closest known name, if one is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f". Did you mean {close[0]!r}?" if close else "."

