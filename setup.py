@@ -24,8 +24,8 @@ def cuda_extensions() -> list[Extension]:
         raise SystemExit(f"FUSED_ALIGN_CUDA must be one of {', '.join(CHOICES)}; got {choice!r}.")
     if choice == "1" and not any(CSRC.glob("*.cu")):
         raise SystemExit(
-            "FUSED_ALIGN_CUDA=1 asks for the CUDA module, and this version has none (csrc/ holds no .cu file). "
-            "Unset it, or set it to auto or 0."
+            "FUSED_ALIGN_CUDA=1 asks for the CUDA module, and this version has none: csrc/ holds no .cu "
+            "file. Unset it, or set it to auto or 0."
         )
     return []
 

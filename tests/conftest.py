@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile(
+    "fused_align", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI")), database=None
+)
+settings.load_profile("fused_align")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: threads would only get in each other's way
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 3 rows and 4 columns, so that problems small enough for differences have many of them."""
+    from fused_align.linear import plan
+
+    monkeypatch.setattr(plan, "MIN_ROWS", 3)
+    monkeypatch.setattr(plan, "MIN_COLS", 4)
+    monkeypatch.setattr(plan, "MIN_CHUNK", 3)
+    monkeypatch.setattr(plan, "TILE_BYTES", {"cpu": 1})
+    monkeypatch.setattr(plan, "MAX_ROWS", {"cpu": 3})

@@ -1,0 +1,61 @@
+"""The README's code runs, and says what it promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_align as fa
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_python_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    import tiny
+
+    model, reference = tiny.model(0).double(), tiny.model(1).double()
+    input_ids = torch.randint(3, 98, (4, 9), generator=torch.Generator().manual_seed(0))
+    labels = input_ids.clone()
+    labels[:, :4] = -100
+    labels[1, 6:] = -100
+    names = {"torch": torch, "model": model, "reference": reference, "input_ids": input_ids, "labels": labels}
+    before, after, loss = blocks("python")
+    exec(before, names)
+    dense = names["logp"]
+    exec(after, names)
+    torch.testing.assert_close(names["logp"], dense.double(), rtol=1e-5, atol=1e-5)  # `before` is float32
+    exec(loss, names)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert capsys.readouterr().out.startswith("tensor(")
+
+
+def test_yaml_example() -> None:
+    pytest.importorskip("transformers")
+    yaml = pytest.importorskip("yaml")
+    from fused_align.train import cli
+
+    (text,) = blocks("yaml")
+    _, data, args = cli.parse(yaml.load(text, cli._Loader), ["--output_dir", "elsewhere"])
+    assert data.eval_dataset == "runs/data/film_dpo/heldout.jsonl"
+    assert args.make_loss() == fa.DPO(beta=0.1)
+    assert args.make_humanline() == fa.Humanline(-1.5, 1.5)
+    assert (args.sync_every, args.learning_rate, args.max_steps) == (1, 1e-5, 40)
+
+
+def test_loss_table_is_the_registry() -> None:
+    rows = re.findall(r"^\| `(\w+)(?:\(([^)]*)\))?` \|", README, re.MULTILINE)
+    table = {name: fields for name, fields in rows if name in {c.__name__ for c in fa.Loss.registry.values()}}
+    assert {name.lower() for name in table} == set(fa.Loss.registry)
+    for name, shown in table.items():
+        fields = [field.name for field in dataclasses.fields(fa.Loss.registry[name.lower()]) if field.init]
+        listed = [field for field in shown.split(", ") if field and field != "..."]
+        assert listed == fields or set(listed) < set(fields), name
