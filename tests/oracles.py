@@ -1,7 +1,7 @@
 """What everything is tested against: dense logits, log_softmax, autograd, and loops over sequences.
 
 Written from the formulas in the papers, one line of code per line of formula, on padded tensors: S sequences
-(rows) of T tokens. Nothing of fused_align is imported here and nothing is shared with it: an error would have to
+(rows) of T tokens. Nothing of fused_align is imported or shared here: an error would have to
 be made twice. Call with float64 operands for the truth, with the operation's own dtype for what torch gives.
 """
 

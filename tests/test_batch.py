@@ -33,7 +33,7 @@ def test_labels_are_shifted_left():
     assert batch.target.tolist() == [[X, 7, 8, 9, X], [X, 6, X, X, X]]
     assert batch.lengths.tolist() == [3, 1]
     assert torch.equal(labels, before)
-    assert torch.equal(batch.advantage, torch.ones(2))
+    assert batch.advantage is not None and torch.equal(batch.advantage, torch.ones(2))
     assert fa.Batch.from_labels(torch.zeros(2, 0, dtype=torch.int64)).target.shape == (2, 0)
 
 

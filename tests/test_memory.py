@@ -1,4 +1,4 @@
-"""Nothing of size [N, V] exists, and the peak stays within workspace_bytes plus outputs: counted and measured.
+"""Nothing of size [N, V] exists and the peak stays within workspace_bytes plus outputs: counted and measured.
 
 The profiler reports every allocation of torch's CPU allocator, also inside kernels and custom ops, which a
 TorchDispatchMode cannot see into. What a process takes from the system is measured in one of its own.
@@ -216,6 +216,21 @@ def test_half_operands(plan: str, tmp_path: Path):
         problem.backward(out.loss)
 
     check(problem, run, 32 * MIB, tmp_path / "trace.json")
+
+
+def test_half_operands_with_many_rows(tmp_path: Path):
+    """However many rows there are, a 16-bit dweight needs no tile of all of them."""
+    rows, size, words, budget = 8192, 32, 2048, 3 * MIB
+    hidden = randn(rows, size, seed=1, dtype=torch.bfloat16).requires_grad_()
+    weight = randn(words, size, seed=2, dtype=torch.bfloat16).requires_grad_()
+    target = torch.randint(words, (rows,), generator=generator(3))
+
+    def run() -> None:
+        fa.linear_logp(hidden, weight, target, workspace_bytes=budget).sum().backward()
+
+    found = allocations(run, tmp_path / "trace.json")
+    assert found.largest <= budget
+    assert found.peak <= budget + hidden.nbytes + weight.nbytes + PER_TOKEN * rows
 
 
 def test_logp_from_logits_makes_no_copy_to_score(tmp_path: Path):
