@@ -1,5 +1,5 @@
 # make demo    align SmolLM2-135M on film reviews that people rated, and show what changed (2 cores, 10 minutes)
-# make test    the test suite                       make test-all   the slow tests too
+# make test    the tests not marked slow            make test-all   all of them
 # make lint    ruff and pyright                     make bench      the waist against its bare GEMMs
 # make gpu     suite and benchmark, on a GPU        make clean      remove what these wrote, .venv apart
 #

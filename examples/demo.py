@@ -5,7 +5,8 @@ What is reported is measured on held-out pairs against the model it began with, 
 The settings are those of a plain recipe; none is tuned to the numbers at the end.
 
 runs/demo/ gets: model/ (loads with AutoModelForCausalLM.from_pretrained), metrics.jsonl, summary.json,
-samples.jsonl, curves.png. The exit status is 1 if the pairs were not learnt or sentiment did not rise.
+samples.jsonl, curves.png, reference/ (the initial model's log-probs). The exit status is 1 if the pairs were
+not learnt or sentiment did not rise.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # before torch looks: with more GPUs in one process, pairs would be split
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
 import datasets
 import torch
@@ -158,7 +162,7 @@ def measure(trainer: AlignTrainer, recorder: Recorder, texts: Sequence[str]) -> 
 
 
 def memory(trainer: AlignTrainer) -> dict[str, int]:
-    """Bytes of the full logits of the first step's batch, and the peak that the loss took in their place.
+    """Bytes of a batch of the training set's full logits, and the peak that the loss took in their place.
 
     The peak is over forward and backward of the loss, from torch's profiler; the gradients that any method
     has to return (of the hidden states and of the head) are not counted.
@@ -330,7 +334,9 @@ def run(args: argparse.Namespace, console: Console) -> str | None:
         table(before, after, len(held_out), args.samples),
         (texts_before[0], texts_after[0]),
     )
-    console.print(f"{out}/ holds model/, metrics.jsonl, summary.json, samples.jsonl and curves.png")
+    console.print(
+        f"{out}/ holds model/, metrics.jsonl, summary.json, samples.jsonl, curves.png and reference/"
+    )
     return verdict(before, after, len(held_out))
 
 

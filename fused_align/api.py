@@ -67,7 +67,13 @@ def align_loss(
         ValueError, TypeError: shapes, dtypes or options that do not fit; a batch field that the loss needs is
             missing; humanline with a loss without an anchor; a plan that cannot serve.
     """
-    check_head("align_loss", hidden, weight, bias, logit_scale, softcap, precision)
+    _check_kinds(batch, loss, humanline)
+    if batch.cu_seqlens is not None and hidden.dim() == 3 and hidden.shape[0] == 1:
+        raise ValueError(
+            f"align_loss: hidden must be [N, H] for a packed batch (with cu_seqlens); got "
+            f"{list(hidden.shape)}. Pass hidden[0]."
+        )
+    check_head("align_loss", hidden, weight, bias, logit_scale, softcap, precision, workspace_bytes)
     check_target("align_loss", hidden, batch.target, temperature)
     live = batch.live()
     objective = Objective(loss, live, humanline, normalizer)
@@ -97,3 +103,19 @@ def align_loss(
         logp = every.reshape(-1)[live.rows]
         value = objective.total(logp, live, objective.weights)
     return AlignOutput(value, objective.metrics(logp))
+
+
+def _check_kinds(batch: object, loss: object, humanline: object) -> None:
+    """Raises TypeError with a sentence for what is no batch, loss or clip at all."""
+    if not isinstance(batch, Batch):
+        raise TypeError(
+            f"align_loss: batch must be a fused_align.Batch; got a {type(batch).__name__}. Wrap the targets: "
+            "Batch(target, ...)."
+        )
+    if not isinstance(loss, Loss):
+        kind = (
+            f"the class {loss.__name__}" if isinstance(loss, type) else f"{loss!r}, a {type(loss).__name__}"
+        )
+        raise TypeError(f"align_loss: loss must be a fused_align.Loss object, such as DPO(); got {kind}.")
+    if humanline is not None and not isinstance(humanline, Humanline):
+        raise TypeError(f"align_loss: humanline must be a fused_align.Humanline or None; got {humanline!r}.")

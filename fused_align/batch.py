@@ -61,18 +61,18 @@ class Batch:
     ) -> None:
         self.target = target
         self.cu_seqlens = cu_seqlens
-        self.old_logp = old_logp
-        self.ref_logp = ref_logp
-        self.sampler_logp = sampler_logp
-        self.advantage = advantage
-        self.token_weight = token_weight
-        self.margin = margin
+        self.old_logp = _data(old_logp)
+        self.ref_logp = _data(ref_logp)
+        self.sampler_logp = _data(sampler_logp)
+        self.advantage = _data(advantage)
+        self.token_weight = _data(token_weight)
+        self.margin = _data(margin)
         self.desirable = desirable
-        self.kl = kl
+        self.kl = _data(kl)
         self.off_policy = off_policy
         self.reference = reference
         self.group = group
-        self.advantage_per_token = advantage is not None and advantage.shape == target.shape
+        self.advantage_per_token = isinstance(advantage, Tensor) and advantage.shape == target.shape
         self.sequences = self._check()
         self.is_live = False
 
@@ -120,6 +120,13 @@ class Batch:
             field = getattr(self, name)
             if field is not None and field.dtype != torch.bool:
                 raise TypeError(f"Batch: {name} must be bool; got {field.dtype}. Call {name}.bool().")
+        if self.group is not None and self.group.dtype != torch.int64:
+            raise TypeError(f"Batch: group must be int64 prompt ids; got {self.group.dtype}.")
+        if self.advantage_per_token and target.shape == (S,) and bool((self.lengths != 1).any()):
+            raise ValueError(
+                f"Batch: advantage {[S]} could be one per sequence or per token: there are as many tokens "
+                "as sequences. Append an ignored token (target -100) to say which."
+            )
         if not self.advantage_per_token:
             self._check_shape("advantage", (S,), "[S], or target's shape for one advantage per token")
         if self.margin is not None:
@@ -134,6 +141,8 @@ class Batch:
             return
         if not isinstance(field, Tensor):
             raise TypeError(f"Batch: {name} must be a Tensor or None; got {type(field).__name__}.")
+        if field.device != self.target.device:
+            raise ValueError(f"Batch: {name} is on {field.device}, target on {self.target.device}; move one.")
         if tuple(field.shape) != expected:
             raise ValueError(
                 f"Batch: {name} must be {meaning} = {list(expected)} to match target "
@@ -209,8 +218,14 @@ class Batch:
         """Some tokens of a live batch; whatever is per sequence stays whole, `lengths` included."""
         return self._take(index, self.rows[index], self.sequence[index], self.lengths)
 
+    def take_pairs(self, index: Tensor) -> tuple[Batch, Tensor]:  # [k] pair numbers
+        """Some pairs of a live batch, and their tokens' positions [m] in it."""
+        part, tokens = self.take_sequences(torch.cat([index, index + self.pairs]))
+        part.margin = None if self.margin is None else self.margin[index]
+        return part, tokens
+
     def take_sequences(self, index: Tensor) -> tuple[Batch, Tensor]:  # [k] sequence numbers
-        """Some whole sequences of a live batch, in the given order, and their tokens' positions [m] in it."""
+        """Some whole sequences of a live batch, in this order, and their tokens' positions [m] in it."""
         lengths = self.lengths[index]
         starts = self.lengths.cumsum(0)[index] - lengths
         shift = starts - (
@@ -223,8 +238,7 @@ class Batch:
         for name in self._per_sequence():
             field = getattr(self, name)
             setattr(part, name, None if field is None else field[index])
-        if self.margin is not None:
-            part.margin = self.margin[index[: part.pairs]]
+        part.margin = None
         return part, tokens
 
     def _take(self, flat: Tensor, rows: Tensor, sequence: Tensor, lengths: Tensor) -> Batch:
@@ -283,3 +297,8 @@ class Batch:
         """[n]: the advantage of each token, whether it was given per token or per sequence."""
         advantage = self.need("advantage", who)
         return advantage if self.advantage_per_token else self.spread(advantage)
+
+
+def _data(field: Tensor | None) -> Tensor | None:
+    """A column is data: nothing is differentiated with respect to it, whichever plan runs."""
+    return field.detach() if isinstance(field, Tensor) else field

@@ -13,6 +13,8 @@ class Humanline:
     """Clips every token's log-ratio to [log_eps_p, log_eps_r] (nats), upstream of any loss with an anchor.
 
     The gradient is 1 inside (bounds included) and 0 outside; the clipped value still enters the loss.
+    Against a policy that is its own anchor (old_logp=None) every log-ratio is 0 and there is nothing to clip:
+    pass the synced reference's log-probs as old_logp.
     Source: arXiv 2509.24207, section 4. The defaults are the paper's; its code also ships (-1.0, 1.5).
 
     >>> Humanline().clip(torch.tensor([-2.0, 0.5, 3.0]))

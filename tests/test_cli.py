@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,14 @@ def test_words_are_words():
     assert values == {"a": "no", "b": "on", "c": True, "d": 7, "e": None, "f": "1e"}
 
 
+def test_switches_are_switched_by_words_too():
+    words = "trust_remote_code: yes\nbf16: no\nchat: Off\ndisable_tqdm: on\nsave_strategy: no\n"
+    model, data, args = parsed(words, "--greater_is_better", "no", "--max_length", "null")
+    assert model.trust_remote_code is True and data.chat is False
+    assert args.bf16 is False and args.disable_tqdm is True and args.greater_is_better is False
+    assert args.save_strategy == "no" and args.max_length is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -141,6 +150,12 @@ def test_words_are_words():
         (["oops"], "expected --field value; got 'oops'"),
         (["--humanline", "[1"], "is not a YAML value"),
         (["--dataset", "null"], "dataset is not set"),
+        (["--bf16", "maybe"], "bf16 must be true or false (or yes, no, on, off); got 'maybe'"),
+        (["--chat", "2"], "chat must be true or false (or yes, no, on, off); got 2"),
+        (["--chat", "null"], "chat must be true or false"),
+        (["--sync_every", "1.5"], "sync_every must be a whole number, written without a point; got 1.5"),
+        (["--max_length", "'128'"], "max_length must be a whole number"),
+        (["--lora_r"], "lora_r must be a whole number, written without a point; got True"),
     ],
 )
 def test_settings_that_do_not_fit_end_with_a_sentence_and_status_2(folder, capsys, arguments, message):
@@ -154,6 +169,9 @@ def test_files_that_are_not_there_or_not_settings(tmp_path, capsys):
     (tmp_path / "list.yaml").write_text("- a\n")
     assert cli.main(["train", str(tmp_path / "list.yaml")]) == 2
     assert "must hold fields and values" in capsys.readouterr().err
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    assert cli.main(["train", str(tmp_path / "broken.yaml")]) == 2
+    assert "broken.yaml is not YAML" in capsys.readouterr().err
 
 
 def test_help_lists_every_setting(capsys):
@@ -161,6 +179,7 @@ def test_help_lists_every_setting(capsys):
         cli.main(["train", "--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
+    assert "train[:90%]" in shown and "%%" not in shown
     assert all(
         name in shown for name in ("--humanline", "--lora_r", "--eval_split", "learning_rate", "warmup_steps")
     )
@@ -217,3 +236,10 @@ def test_a_gguf_model_can_be_saved_and_loaded_again(tmp_path):
     with torch.no_grad():
         assert torch.equal(again(**tokens).logits, logits)
     assert same.chat_template == tokenizer.chat_template
+
+
+def test_without_the_train_extra_the_import_says_what_to_install():
+    code = "import sys; sys.modules['transformers'] = None; import fused_align.train.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "needs transformers, which is not installed: pip install 'fused-align[train]'" in done.stderr

@@ -200,3 +200,48 @@ def test_load_data_from_json_lines(tmp_path, monkeypatch):
     chat, _ = data.load_data(DataConfig(dataset=str(file), chat=True))
     assert chat[0]["prompt"] == [{"role": "user", "content": "q0"}]
     assert chat[0]["completion"] == [{"role": "assistant", "content": "a"}]
+
+
+GROUP = {"prompt": "Q:", "completions": ["a", "b"], "rewards": [1.0, 0.0]}
+JUDGED = {"prompt": "Q:", "completion": "a", "label": True}
+PAIR = {"prompt": "Q:", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad", "message"),
+    [
+        ("group", GROUP, {"rewards": [1.0, math.nan]}, "Row 1: rewards must be finite numbers.*nan"),
+        ("group", GROUP, {"rewards": [1.0, math.inf]}, "Row 1: rewards must be finite numbers.*inf"),
+        ("group", GROUP, {"rewards": [None, 1.0]}, "Row 1: rewards must be finite numbers.*None"),
+        ("group", GROUP, {"completions": ["a", None]}, "Row 1: completions is null"),
+        ("unpaired", JUDGED | {"label": 1}, {"label": 2}, "Row 1: label must be true or false.*got 2"),
+        ("unpaired", JUDGED | {"label": "no"}, {}, "Row 0: label must be true or false.*got 'no'"),
+        ("unpaired", JUDGED, {"label": None}, "Row 1: label must be true or false.*got None"),
+        ("unpaired", JUDGED, {"completion": None}, "Row 0: completion of this or a later row is null"),
+        ("pair", PAIR, {"rejected": None}, "Row 1: rejected is null"),
+        ("text", {"text": "abc"}, {"text": None}, "Row 1: text is null"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(kind, good, bad, message):
+    with pytest.raises(ValueError, match=message):
+        prepare([good, good | bad], kind)
+
+
+def test_labels_may_be_numbers():
+    assert list(prepare([JUDGED | {"label": 1}, JUDGED | {"label": 0}], "unpaired")["label"]) == [True, False]
+
+
+def test_a_chat_that_ends_where_the_other_goes_on_is_left_out():
+    chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "a"}]
+    longer = [*chat, {"role": "user", "content": "R"}]
+    rows = [{"chosen": chat, "rejected": longer}, {"chosen": chat, "rejected": [*chat[:1], longer[2]]}]
+    assert len(prepare(rows, "pair")) == 1
+
+
+def test_the_fingerprint_tells_where_the_prompt_ends():
+    one, other = (
+        prepare([{"prompt": "ab", "completion": "c"}], "text"),
+        prepare([{"prompt": "a", "completion": "bc"}], "text"),
+    )
+    assert list(one["input_ids"]) == list(other["input_ids"])
+    assert data.fingerprint(one) != data.fingerprint(other)

@@ -218,3 +218,43 @@ def test_refusals_say_what_to_do():
         AlignRequest(fa.Batch(tokens), fa.SFT(), target=tokens)
     with pytest.raises(ValueError, match=r"got \['batch'\]"):
         AlignRequest(fa.Batch(tokens))
+
+
+def test_every_model_keeps_its_own_signature():
+    llama, gpt2 = made("llama"), made("gpt2")
+    own = inspect.signature(llama.forward), inspect.signature(gpt2.forward)
+    attach(llama)
+    attach(gpt2)
+    assert own[0] != own[1]
+    assert (inspect.signature(llama.forward), inspect.signature(gpt2.forward)) == own
+
+
+def test_unwrapping_after_mixed_precision_leaves_the_attachment_on():
+    accelerate = pytest.importorskip("accelerate")
+    model = attach(made("llama"))
+    tokens, mask, labels = batch_of_tokens()
+    request = AlignRequest(target=fa.Batch.from_labels(labels).target)
+    expected = model(input_ids=tokens, attention_mask=mask, align=request)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    mixed = vars(model)["forward"]
+    assert attach(model) is model and vars(model)["forward"] is mixed  # ours is below autocast
+    bare = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert torch.equal(bare(input_ids=tokens, attention_mask=mask, align=request), expected)
+
+
+def test_attaching_again_after_the_forward_was_put_back():
+    model = attach(made("llama"))
+    tokens, mask, labels = batch_of_tokens()
+    request = AlignRequest(target=fa.Batch.from_labels(labels).target)
+    expected = model(input_ids=tokens, attention_mask=mask, align=request)
+    del vars(model)["forward"]
+    assert torch.equal(attach(model)(input_ids=tokens, attention_mask=mask, align=request), expected)
+
+
+def test_a_refused_model_stays_in_training_mode(monkeypatch):
+    model = made("llama").train()
+    monkeypatch.setattr(model, "forward", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attach(model)
+    assert model.training

@@ -101,3 +101,15 @@ def test_evaluating_later_does_not_overwrite_what_a_resumed_run_reads(tmp_path):
     assert stored.keys() == {"train.safetensors", "eval.safetensors"}
     assert trainer(tmp_path, first.model, **settings).evaluate()["eval_rewards/margins"] == 0.0
     assert stored == {path.name: path.read_bytes() for path in (tmp_path / "reference").iterdir()}
+
+
+def test_evaluating_before_resuming_does_not_move_the_initial_model(tmp_path):
+    settings: dict[str, Any] = {"held_out": tiny.pairs(4), "save_strategy": "steps", "save_steps": 2}
+    whole = trainer(tmp_path, **settings)
+    whole.train()
+    resumed = trainer(tmp_path, tiny.model(5), **settings)
+    resumed.evaluate()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert logged(resumed) == logged(whole)
+    margins = "eval_rewards/margins"
+    assert resumed.evaluate()[margins] == whole.evaluate()[margins] != 0.0

@@ -481,3 +481,67 @@ def test_a_workspace_below_the_logits_changes_no_number(tmp_path):
 def test_settings_that_do_not_fit_say_so(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, r"loss_args: \{label_smoothing"),
+        ({"rows": tiny.pairs(4).to_iterable_dataset()}, "got a IterableDataset, expected a datasets.Dataset"),
+        ({"held_out": {"a": tiny.pairs(4).to_iterable_dataset()}}, "got a IterableDataset"),
+    ],
+)
+def test_what_cannot_be_trained_this_way_is_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **settings)
+
+
+def test_ligers_own_loss_and_virtual_tokens_are_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    args = config(tmp_path)
+    args.use_liger_kernel = True  # set afterwards: TrainingArguments may ask for the package
+    with pytest.raises(ValueError, match="fused_linear_cross_entropy: false"):
+        AlignTrainer(tiny.model(), args, tiny.pairs(2), None, tiny.tokenizer())
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="PromptTuningConfig puts virtual tokens before the prompt"):
+        trainer(tmp_path, peft_config=prompts)
+
+
+def test_inputs_keep_their_precision_under_deepspeed(tmp_path):
+    it = trainer(tmp_path)
+    it.is_deepspeed_enabled = True
+    inputs = it._prepare_inputs(
+        {"mismatched": {"initial_logp": torch.tensor([-1.234567])}, "count": {"pairs": 1}}
+    )
+    assert inputs == {"mismatched": {"initial_logp": torch.tensor([-1.234567])}, "count": {"pairs": 1}}
+
+
+def test_kto_evaluation_averages_on_the_device_of_the_run(tmp_path, monkeypatch):
+    it = trainer(tmp_path, loss="kto", held_out=tiny.judged(4))
+    table, devices = it._score_all("policy", it.held_out["eval"], ""), []
+
+    def kto_kl(*parts: torch.Tensor) -> torch.Tensor:
+        devices.extend(part.device.type for part in parts)
+        return torch.tensor(0.0)
+
+    monkeypatch.setattr(fa, "kto_kl", kto_kl)
+    monkeypatch.setattr(type(it.args), "device", torch.device("meta"))
+    assert math.isfinite(it._measure(it.held_out["eval"], table, table)["loss"])
+    assert devices == ["meta"] * 3
+
+
+def test_metrics_are_kept_as_sums_and_nan_is_no_measurement(tmp_path):
+    it = trainer(tmp_path, logging_strategy="no", max_steps=5)
+    it.train()
+    assert {tuple(entry.shape) for entry in it._metrics.values()} == {(2,)}
+    assert it._metrics["rewards/margins"][1] == 5.0
+    it._metrics = {"a": torch.tensor([6.0, 3.0]), "b": torch.tensor([0.0, 0.0])}
+    means = it._drain_metrics()
+    assert means["a"] == 2.0 and math.isnan(means["b"]) and it._metrics == {}
+
+
+def test_a_synced_run_scores_the_initial_model_only_where_the_loss_reads_it(tmp_path):
+    for beta, needed in ((0.0, False), (0.1, True)):
+        it = trainer(tmp_path, loss="grpo", loss_args={"beta": beta}, humanline=True)
+        assert it.needs_initial_scores is needed
+    assert not trainer(tmp_path, humanline=True).needs_initial_scores

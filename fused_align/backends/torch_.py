@@ -102,8 +102,8 @@ def exp_tile(tile: Tensor, target: Tensor) -> None:
     tile.scatter_(1, column, torch.where(inside, 0.0, tile.gather(1, column)))
 
 
-def finish_rows(z: Tensor, ref: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z, ref, S [n] -> logp, 1 - p_y, 1/Z [n], with Z = S + 2^(z log2 e - ref), each without cancellation.
+def finish_rows(z: Tensor, ref: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z, ref, S [n] -> logp, lse, 1 - p_y, 1/Z [n], with Z = S + 2^(z log2 e - ref).
 
     In float64: ref is near 58 while S carries the digits, and these are only [n] numbers.
     """
@@ -112,7 +112,7 @@ def finish_rows(z: Tensor, ref: Tensor, total: Tensor) -> tuple[Tensor, Tensor, 
     logp = -torch.nn.functional.softplus(log_odds, threshold=700)
     inverse = 1 / (total.double() + torch.exp2(-offset))
     miss = total.double() * inverse
-    return logp.to(z.dtype), miss.to(z.dtype), inverse.to(z.dtype)
+    return logp.to(z.dtype), (z.double() - logp).to(z.dtype), miss.to(z.dtype), inverse.to(z.dtype)
 
 
 def add_target_rows(
@@ -122,6 +122,13 @@ def add_target_rows(
     block = max(1, GATHER_BYTES // (out.shape[1] * out.element_size()))
     for rows, y, c in zip(out.split(block), target.split(block), coef.split(block), strict=True):
         rows.addcmul_(_gather(weight, y, operand).to(out.dtype), c[:, None])
+
+
+def add_hidden_rows(out: Tensor, column: Tensor, x: Tensor, rows: Tensor, coef: Tensor) -> None:
+    """out[column] += coef * x[rows]: the target term of dweight. out [v, H], x [n, H], the others [k]."""
+    block = max(1, GATHER_BYTES // (out.shape[1] * out.element_size()))
+    for c, r, k in zip(column.split(block), rows.split(block), coef.split(block), strict=True):
+        out.index_add_(0, c, x[r].to(out.dtype) * k[:, None])
 
 
 def _gather(weight: Tensor, index: Tensor, operand: torch.dtype | None) -> Tensor:

@@ -10,8 +10,8 @@ without `align` the model behaves as before.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -189,7 +189,7 @@ def attach(model: nn.Module) -> nn.Module:
         as `head_of`.
     """
     inner = innermost(model)
-    if "_forward_without_align" in vars(inner):
+    if _is_attached(inner):
         return model
     if getattr(inner.config.get_text_config(), "output_router_logits", False):
         raise ValueError(
@@ -200,17 +200,31 @@ def attach(model: nn.Module) -> nn.Module:
         _check_head(inner)
     # kept on the instance, not in a closure, so that copy.deepcopy(model) rebinds it to the copy
     vars(inner)["_forward_without_align"] = inner.forward
-    wrapped = functools.wraps(type(inner).forward)(_forward)  # generate() and Trainer read the signature
-    vars(inner)["forward"] = MethodType(wrapped, inner)
+    vars(inner)["forward"] = MethodType(_forward_like(type(inner).forward), inner)
     return model
 
 
-def _forward(self: Any, *args: Any, align: AlignRequest | None = None, **kwargs: Any) -> Any:
-    if align is None:
-        return self._forward_without_align(*args, **kwargs)
-    kwargs = {"use_cache": False} | {key: value for key, value in kwargs.items() if value is not None}
-    kwargs["return_dict"] = True
-    return align.compute(decoder_of(self)(*args, **kwargs).last_hidden_state, head_of(self))
+def _forward_like(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that takes `align`, under the name and signature of the model's own."""
+
+    def forward(self: Any, *args: Any, align: AlignRequest | None = None, **kwargs: Any) -> Any:
+        if align is None:
+            return self._forward_without_align(*args, **kwargs)
+        kwargs = {"use_cache": False} | {key: value for key, value in kwargs.items() if value is not None}
+        kwargs["return_dict"] = True
+        return align.compute(decoder_of(self)(*args, **kwargs).last_hidden_state, head_of(self))
+
+    # Not functools.wraps: accelerate.unwrap_model follows __wrapped__ and would take the attachment off.
+    forward.__name__, forward.__doc__ = own.__name__, own.__doc__
+    vars(forward)["__signature__"] = inspect.signature(own)  # generate() and Trainer read it
+    vars(forward)["takes_align"] = True
+    return forward
+
+
+def _is_attached(inner: nn.Module) -> bool:
+    """Whether forward is still ours, be it under accelerate's autocast: others may have replaced it since."""
+    forward = vars(inner).get("forward")
+    return forward is not None and hasattr(inspect.unwrap(forward), "takes_align")
 
 
 def decoder_of(model: Any) -> nn.Module:
@@ -220,13 +234,15 @@ def decoder_of(model: Any) -> nn.Module:
 
 @torch.no_grad()
 def _check_head(model: Any) -> None:
-    was_training = model.training
-    model.eval()
     head = head_of(model)
     tokens = torch.arange(4, device=head.weight.device).remainder(head.weight.shape[0])[None]  # [1, 4]
-    own = model(input_ids=tokens, use_cache=False).logits.float()
-    ours = head.logits(decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state)
-    model.train(was_training)
+    was_training = model.training
+    model.eval()
+    try:
+        own = model(input_ids=tokens, use_cache=False).logits.float()
+        ours = head.logits(decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state)
+    finally:
+        model.train(was_training)
     # 16-bit models round their logits; an omitted scale or cap is off by far more
     limit = (1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 4e-2) * own.abs().max()
     if own.shape != ours.shape or not (own - ours).abs().max() <= limit:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..losses.base import Objective
-from .ops import check_range, run_walk
+from .ops import check_range, check_temperature, run_walk
 from .passes import Gradients, Head, Index, Walk, coefficients, load
 from .plan import Plan, Problem
 
@@ -38,12 +38,15 @@ class FusedLoss(torch.autograd.Function):
         batch = objective.batch
         everything = batch.rows.numel() == hidden.shape[0]
         head = Head(weight, bias, head.logit_scale, head.softcap, head.operand, head.rounded)
-        grads = Gradients(head, hidden, everything, needs, keeps=True)
+        grads = Gradients(head, hidden, batch.rows.numel(), needs, complete=True)
         logp = torch.zeros(batch.rows.numel(), dtype=problem.work, device=hidden.device)
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        if isinstance(temperature, Tensor):
+            check_temperature("align_loss", temperature[batch.rows])
 
         def body(walk: Walk) -> None:
             nonlocal loss
+            done = 0
             for part, places, weights in chunks(objective, plan, problem.coupling):
                 rows: Index = (
                     slice(places.start, places.stop)
@@ -55,19 +58,26 @@ class FusedLoss(torch.autograd.Function):
                 chunk = load(head, hidden, rows, y, temper)
                 kept = walk.complete(y.numel())
                 walk.forward(chunk, keep=kept)
-                value, _, _ = chunk.finish()
+                value, _, _, _ = chunk.finish()
                 if y is not part.target:
                     value = torch.where(y == part.target, value, torch.nan)
                 logp[places] = value
                 with torch.enable_grad():
                     leaf = value.detach().requires_grad_()
                     total = objective.total(leaf, part, weights)
-                (dlogp,) = torch.autograd.grad(total, leaf)
+                dlogp = torch.zeros_like(leaf)
+                if total.requires_grad:  # a loss may be constant in these tokens
+                    (dlogp,) = torch.autograd.grad(total, leaf)
                 loss = loss + total.detach().double()
-                walk.backward(chunk, coefficients(head, chunk, dlogp), kept, grads)
+                coef, mine = coefficients(head, chunk, dlogp), walk.by_tile(y)
+                walk.backward(chunk, slice(done, done + y.numel()), coef, mine, grads, kept=kept)
+                done += y.numel()
 
-        run_walk(head, plan, problem, body)
-        ctx.grads = grads.finish(head)
+        run_walk(head, plan, problem, body)  # items without tokens count too, when there is none at all
+        if not batch.rows.numel():
+            grads.clear()
+        ctx.grads = grads.finish()
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(logp)
         return loss.to(problem.work), logp
 
@@ -84,6 +94,7 @@ class FusedLoss(torch.autograd.Function):
             for grad in grads:
                 if grad is not None:
                     grad.mul_(dloss)
+        grads = (None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
         return *grads, None, None, None, None, None
 
 
@@ -106,9 +117,7 @@ def chunks(
             rows += sizes[stop]
             stop += 1
         items = torch.arange(start, stop, device=batch.rows.device)
-        if coupling == "pair":
-            items = torch.cat([items, items + batch.pairs])
-        part, places = batch.take_sequences(items)
+        part, places = batch.take_pairs(items) if coupling == "pair" else batch.take_sequences(items)
         yield part, places, weights[start:stop]
         start = stop
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from ..batch import IGNORE_INDEX
 from .logp import FLOATS
@@ -51,47 +54,58 @@ def logp_from_logits(
         )
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"{who}: temperature must be positive; got {temperature}.")
-    y = target.reshape(-1)
+    if logits.dim() == 1:
+        one = temperature[None] if isinstance(temperature, Tensor) else temperature
+        return logp_from_logits(logits[None], target[None], temperature=one, ignore_index=ignore_index)[0]
+    y = target
     if ignore_index != IGNORE_INDEX:
         y = torch.where(y == ignore_index, IGNORE_INDEX, y)
-    per_row = isinstance(temperature, Tensor)
-    inverse = 1 / temperature.detach().reshape(-1) if per_row else None
-    logp, _ = torch.ops.fused_align.logp_from_logits(
-        logits.reshape(-1, logits.shape[-1]), y, inverse, 1.0 if per_row else 1 / float(temperature)
-    )
-    return logp.reshape(target.shape)
+    inverse, scalar = None, 1.0
+    if isinstance(temperature, Tensor):
+        inverse = 1 / temperature.detach().to(
+            torch.float64 if logits.dtype == torch.float64 else torch.float32
+        )
+    else:
+        scalar = 1 / float(temperature)
+    logp, _ = torch.ops.fused_align.logp_from_logits(logits, y, inverse, scalar)
+    return logp
 
 
-def _block(logits: Tensor, rows: Tensor, inverse: Tensor | None, scalar: float, work: torch.dtype) -> Tensor:
-    z = logits[rows].to(work)
-    return z.mul_(scalar) if inverse is None else z.mul_(inverse[rows, None].to(work))
+def _blocks(logits: Tensor, target: Tensor, work: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
+    """Indices of the live positions, a block at a time; logits are never reshaped, which could copy them."""
+    live = (target != IGNORE_INDEX).nonzero()
+    for block in live.split(max(1, BLOCK_BYTES // (logits.shape[-1] * work.itemsize))):
+        yield block.unbind(1)
 
 
-def _blocks(logits: Tensor, target: Tensor, work: torch.dtype) -> tuple[Tensor, ...]:
-    rows = (target != IGNORE_INDEX).nonzero().squeeze(1)
-    return rows.split(max(1, BLOCK_BYTES // (logits.shape[1] * work.itemsize)))
+def _load(
+    logits: Tensor, at: tuple[Tensor, ...], inverse: Tensor | None, scalar: float, work: torch.dtype
+) -> Tensor:
+    z = logits[at].to(work)
+    return z.mul_(scalar) if inverse is None else z.mul_(inverse[at][:, None])
 
 
 @torch.library.custom_op("fused_align::logp_from_logits", mutates_args=())
 def _forward(
-    logits: Tensor,  # [M, V]
-    target: Tensor,  # [M]
-    inverse: Tensor | None,  # [M], 1 / temperature
+    logits: Tensor,  # [..., V]
+    target: Tensor,  # [...]
+    inverse: Tensor | None,  # [...], 1 / temperature
     scalar: float,  # 1 / temperature
 ) -> tuple[Tensor, Tensor]:
-    """-> logp [M], lse [M]."""
+    """-> logp, lse, [...] each."""
     work = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logp, lse = (logits.new_zeros(target.shape, dtype=work) for _ in range(2))
-    for rows in _blocks(logits, target, work):
-        y = check_range("logp_from_logits", target[rows], logits.shape[1])[:, None]
-        z = _block(logits, rows, inverse, scalar, work)
-        z_y, top = z.gather(1, y).squeeze(1), z.amax(1)
+    for at in _blocks(logits, target, work):
+        y = check_range("logp_from_logits", target[at], logits.shape[-1])[:, None]
+        z = _load(logits, at, inverse, scalar, work)
+        top = z.amax(1)
+        gap = (z.gather(1, y).squeeze(1).double() - top.double()).clamp(max=0)
         # the target apart from the others, so that log(p) of a sure token keeps its digits
-        others = z.sub_(top[:, None]).exp_().scatter_(1, y, 0.0).sum(1)
-        value = -torch.nn.functional.softplus(others.double().log() + (top.double() - z_y.double())).to(work)
+        others = z.sub_(top[:, None]).exp_().scatter_(1, y, 0.0).sum(1).double()
+        value = -softplus(others.log() - gap, threshold=700).to(work)
         if logits.device.type != "cpu":
-            value = torch.where(y.squeeze(1) == target[rows], value, torch.nan)
-        logp[rows], lse[rows] = value, z_y - value
+            value = torch.where(y.squeeze(1) == target[at], value, torch.nan)
+        logp[at], lse[at] = value, (top.double() + (others + gap.exp()).log()).to(work)
     return logp, lse
 
 
@@ -103,21 +117,20 @@ def _(logits, target, inverse, scalar):
 
 @torch.library.custom_op("fused_align::logp_from_logits_backward", mutates_args=())
 def _backward(
-    dlogp: Tensor,  # [M]
-    logits: Tensor,  # [M, V]
-    target: Tensor,  # [M]
-    lse: Tensor,  # [M]
-    inverse: Tensor | None,
+    dlogp: Tensor,  # [...]
+    logits: Tensor,  # [..., V]
+    target: Tensor,  # [...]
+    lse: Tensor,  # [...]
+    inverse: Tensor | None,  # [...]
     scalar: float,
 ) -> Tensor:
     grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    work = lse.dtype
-    for rows in _blocks(logits, target, work):
-        y = target[rows].clamp(0, logits.shape[1] - 1)[:, None]
-        p = _block(logits, rows, inverse, scalar, work).sub_(lse[rows, None]).exp_().scatter_(1, y, 0.0)
+    for at in _blocks(logits, target, lse.dtype):
+        y = target[at].clamp(0, logits.shape[-1] - 1)[:, None]
+        p = _load(logits, at, inverse, scalar, lse.dtype).sub_(lse[at][:, None]).exp_().scatter_(1, y, 0.0)
         miss = p.sum(1, keepdim=True)  # 1 - p_y
-        coef = (dlogp[rows] * (scalar if inverse is None else inverse[rows].to(work)))[:, None]
-        grad[rows] = p.mul_(-coef).scatter_(1, y, coef * miss).to(grad.dtype)
+        coef = (dlogp[at] * (scalar if inverse is None else inverse[at]))[:, None]
+        grad[at] = p.mul_(-coef).scatter_(1, y, coef * miss).to(grad.dtype)
     return grad
 
 

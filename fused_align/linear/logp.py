@@ -15,6 +15,7 @@ from ..backends.eager import dense_stats
 from ..batch import IGNORE_INDEX
 from . import ops
 from .passes import work_dtype
+from .plan import check_plan
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,8 +56,10 @@ def linear_logp(
         backend: "auto" | "torch" | "eager" (dense; the oracle).
         plan: "auto" | "score" | "jacobian" | "recompute"; see `fused_align.linear.plan`.
         precision: "high": float32 logits whatever the operands; "bf16": the 16-bit GEMM's rounded output.
-        workspace_bytes: bound on scratch memory, beyond inputs and outputs (those include the [N, H] float32
-            product that plan "jacobian" keeps for the backward). Default: 256 MiB on a CPU.
+        workspace_bytes: bound on scratch memory, beyond inputs and outputs; "jacobian" also keeps a float32
+            product of hidden's shape for the backward. A budget below the smallest tile is raised to it.
+            Default: 256 MiB on a CPU. (A hidden that can't be viewed as [N, H] is copied first: instead of
+            hidden[:, :-1] pass all of it, with an ignored last target, as `Batch.from_labels` makes it.)
 
     Returns:
         logp [...] float32; float64 if hidden or weight is. Gradients come in their inputs' dtypes; that of
@@ -118,7 +121,7 @@ def _stats(
     entropy: bool,
     lse: bool,
 ) -> TokenStats:
-    check_head(who, hidden, weight, bias, logit_scale, softcap, precision)
+    check_head(who, hidden, weight, bias, logit_scale, softcap, precision, workspace_bytes)
     check_target(who, hidden, target, temperature)
     shape, size = target.shape, hidden.shape[-1]
     flat, y = hidden.reshape(-1, size), target.reshape(-1)
@@ -127,6 +130,7 @@ def _stats(
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().reshape(-1)
     if backends.pick(backend, hidden.device) == "eager":
+        check_plan(plan)
         found = _eager(who, flat, weight, bias, y, temperature, logit_scale, softcap)
     else:
         grad = torch.is_grad_enabled()
@@ -168,9 +172,12 @@ def _eager(
     rows = (target != IGNORE_INDEX).nonzero().squeeze(1)
     y = ops.check_range(who, target[rows], weight.shape[0])
     if isinstance(temperature, Tensor):
-        temperature = temperature[rows]
-    dtype = work_dtype(hidden, weight)
-    live = dense_stats(hidden[rows], weight, bias, y, temperature, logit_scale, softcap, dtype)
+        temperature = ops.check_temperature(who, temperature[rows])
+    dtype, operand = work_dtype(hidden, weight), autocast_dtype(hidden, weight)
+    if operand is not None:
+        hidden, weight = hidden.to(operand), weight.to(operand)
+    with torch.autocast(hidden.device.type, enabled=False):
+        live = dense_stats(hidden[rows], weight, bias, y, temperature, logit_scale, softcap, dtype)
     return [torch.zeros(target.shape, dtype=dtype, device=x.device).index_copy(0, rows, x) for x in live]
 
 
@@ -185,6 +192,7 @@ def check_head(
     logit_scale: float,
     softcap: float | None,
     precision: str,
+    workspace_bytes: int | None,
 ) -> None:
     """Raises with a sentence if hidden, weight, bias and the head's options do not fit together."""
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -207,6 +215,8 @@ def check_head(
         raise ValueError(f"{who}: softcap must be positive, or None for no cap; got {softcap}.")
     if logit_scale == 0:
         raise ValueError(f"{who}: logit_scale must not be 0, which makes all logits equal.")
+    if workspace_bytes is not None and not isinstance(workspace_bytes, int):
+        raise TypeError(f"{who}: workspace_bytes must be an int or None; got {workspace_bytes!r}.")
     if precision not in ("high", "bf16"):
         raise ValueError(f'{who}: precision must be "high" or "bf16"; got {precision!r}.')
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..batch import IGNORE_INDEX
-from .passes import Gradients, Head, Index, Walk, coefficients, load, work_dtype
+from .passes import Chunk, Coefficients, Gradients, Head, Index, Walk, coefficients, load, work_dtype
 from .plan import Plan, Problem, choose
 from .workspace import lease
 
@@ -29,6 +29,13 @@ def check_range(who: str, target: Tensor, vocab: int) -> Tensor:  # [n] live
                 " Is the vocabulary padded, or another ignore_index in use?"
             )
     return target
+
+
+def check_temperature(who: str, temperature: Tensor) -> Tensor:  # [n] live
+    """The temperatures. Raises ValueError on a CPU if one is not positive."""
+    if temperature.device.type == "cpu" and not bool((temperature > 0).all()):
+        raise ValueError(f"{who}: temperatures must be positive; got {temperature.min().item():.4g}.")
+    return temperature
 
 
 def live_index(target: Tensor) -> tuple[Index, Tensor]:  # [M]
@@ -54,8 +61,9 @@ def make_problem(
         hidden=hidden.shape[1],
         vocab=head.weight.shape[0],
         work=work_dtype(hidden, head.weight),
-        hidden_dtype=head.operand or hidden.dtype,
-        weight_dtype=head.operand or head.weight.dtype,
+        hidden_dtype=hidden.dtype,
+        weight_dtype=head.weight.dtype,
+        operand=head.operand,
         device=hidden.device,
         grad_hidden=grad_hidden,
         grad_head=grad_head,
@@ -102,6 +110,8 @@ def _forward(
     work = work_dtype(hidden, weight)
     index, y = live_index(target)
     safe = check_range("linear_logp", y, weight.shape[0])
+    if temperature is not None:
+        check_temperature("linear_logp", temperature[index])
     problem = make_problem(
         head, hidden, y.numel(), grad_hidden=grad_hidden, grad_head=grad_head, entropy=entropy,
         entropy_grad=entropy and (grad_hidden or grad_head),
@@ -129,10 +139,10 @@ def _forward(
                     product[rows] if isinstance(rows, slice) else chunk.x.new_empty(chunk.x.shape, dtype=work)
                 )
             walk.forward(chunk, product=part)
-            value, _, inverse = chunk.finish()
+            value, lse_rows, _, inverse = chunk.finish()
             if safe is not y:
                 value = torch.where(safe[place] == y[place], value, torch.nan)
-            logp[rows], lse[rows] = value, chunk.z - value
+            logp[rows], lse[rows] = value, lse_rows
             state[0, rows], state[1, rows], state[2, rows] = chunk.z, chunk.ref, chunk.total
             if entropy:
                 entropies[rows] = chunk.entropy(value, inverse)
@@ -196,32 +206,40 @@ def _backward(
     )  # fmt: skip
     jacobian = product.numel() > 0
     chosen = choose(problem, "jacobian" if jacobian else "recompute", workspace_bytes)
-    grads = Gradients(
-        head, hidden, isinstance(index, slice), (grad_hidden, grad_weight, grad_bias), keeps=False
-    )
+    needs = (grad_hidden, grad_weight, grad_bias)
+    grads = Gradients(head, hidden, y.numel(), needs, complete=False)
+
+    def reload(rows: Index, place: slice) -> tuple[Chunk, Coefficients]:
+        saved = (state[0, rows], state[1, rows], state[2, rows])
+        temper = _per_row(temperature, scalar_temperature, rows)
+        chunk = load(head, hidden, rows, y[place], temper, saved=saved)
+        lse = None if dlse is None else dlse[rows]
+        if dentropy is None:
+            return chunk, coefficients(head, chunk, dlogp[rows], lse)
+        return chunk, coefficients(head, chunk, dlogp[rows], lse, dentropy[rows], entropy[rows])
 
     def body(walk: Walk) -> None:
-        for rows, place in chunked(index, chosen.rows):
-            saved = (state[0, rows], state[1, rows], state[2, rows])
-            chunk = load(
-                head, hidden, rows, y[place], _per_row(temperature, scalar_temperature, rows), saved=saved
-            )
-            coef = coefficients(
-                head,
-                chunk,
-                dlogp[rows],
-                None if dlse is None else dlse[rows],
-                None if dentropy is None else dentropy[rows],
-                entropy[rows] if dentropy is not None else None,
-            )
-            if jacobian:
-                c = dlogp[rows] if dlse is None else dlogp[rows] - dlse[rows]
-                grads.add_jacobian(head, chunk, coef, product[rows], -c)
-            else:
-                walk.backward(chunk, coef, None, grads)
+        parts = chunked(index, chosen.rows)
+        if jacobian:
+            for rows, place in parts:
+                chunk, coef = reload(rows, place)
+                others = -dlogp[rows] if dlse is None else dlse[rows] - dlogp[rows]
+                grads.add_jacobian(chunk, place, product[rows], others, coef.target)
+            return
+        mine = [walk.by_tile(y[place]) for _, place in parts]
+        # all tiles of a chunk, or the chunks of one tile after the other
+        for number, (start, _) in enumerate(walk.tiles() if grads.sliced else [(0, 0)]):
+            for (rows, place), targets in zip(parts, mine, strict=True):
+                chunk, coef = reload(rows, place)
+                walk.backward(chunk, place, coef, targets, grads, only=number if grads.sliced else None)
+            if grads.sliced:
+                grads.round_slice(start)
 
-    run_walk(head, chosen, problem, body)
-    return [hidden.new_empty(0) if grad is None else grad for grad in grads.finish(head)]
+    if y.numel():
+        run_walk(head, chosen, problem, body)
+    else:
+        grads.clear()
+    return [hidden.new_empty(0) if grad is None else grad for grad in grads.finish()]
 
 
 @_backward.register_fake

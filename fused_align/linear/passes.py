@@ -27,8 +27,9 @@ from torch import Tensor
 
 from ..backends import torch_ as steps
 from ..backends.torch_ import LN2, LOG2E
-from .plan import HALF, Plan
+from .plan import GATHER_BYTES, Plan
 
+HALF = (torch.bfloat16, torch.float16)
 SHIFT = 58.0  # base 2; e^40.2
 LOWEST = -80.0  # logp below which Z leaves 2^-58 .. 2^58
 
@@ -83,8 +84,8 @@ class Chunk:
             moment=None if self.moment is None else self.moment[index],
         )
 
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """logp, 1 - p_y, 1/Z, each [r]."""
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """logp, lse, 1 - p_y, 1/Z, each [r]."""
         return steps.finish_rows(self.z, self.ref, self.total)
 
     def entropy(self, logp: Tensor, inverse: Tensor) -> Tensor:
@@ -135,6 +136,8 @@ class Walk:
     def __init__(self, head: Head, plan: Plan, scratch: Tensor) -> None:  # scratch: flat, work dtype
         self.head, self.rows, self.cols = head, plan.rows, plan.cols
         self.area = plan.rows * plan.cols
+        # rows of size [H] that may be copied at a time on top of the plan's own
+        self.block = max(1, GATHER_BYTES // (3 * head.weight.shape[1] * scratch.element_size()))
         self.scratch = scratch
 
     def tiles(self) -> Iterator[tuple[int, int]]:
@@ -182,10 +185,11 @@ class Walk:
         keep receives E f, product receives (E f) @ W, where f is the cap's 1 - tanh^2 (after S is summed).
         """
         self._walk(chunk, keep, product)
-        logp, _, _ = chunk.finish()
+        logp, _, _, _ = chunk.finish()
         lost = (~(logp >= LOWEST)).nonzero().squeeze(1)
         if lost.numel():
-            self._redo(chunk, lost, keep, product)
+            for index in lost.split(self.block):
+                self._redo(chunk, index, keep, product)
 
     def _walk(
         self, chunk: Chunk, keep: Tensor | None, product: Tensor | None, at: Tensor | None = None
@@ -237,31 +241,45 @@ class Walk:
         if product is not None and part_product is not None:
             product[index] = part_product
 
-    def backward(self, chunk: Chunk, coef: Coefficients, kept: Tensor | None, grads: Gradients) -> None:
-        """Adds the gradients of a chunk: from the E f that forward kept, or from tiles computed again."""
-        work = chunk.z.dtype
-        rows = chunk.x.shape[0]
-        scaled = (chunk.x.to(work) * coef.rows[:, None]).to(chunk.x.dtype)
-        dhidden = grads.rows_of_hidden(chunk)
-        order = chunk.target.argsort(stable=True)
-        edges = torch.tensor([start for start, _ in self.tiles()] + [self.head.weight.shape[0]])
-        bounds = torch.searchsorted(chunk.target[order], edges.to(order.device)).tolist()
+    def by_tile(self, target: Tensor) -> list[Tensor]:  # [r] -> [k] each
+        """For each tile of the vocabulary the rows whose target lies in it. One small copy to the host."""
+        order = target.argsort(stable=True)
+        edges = torch.tensor([stop for _, stop in self.tiles()], device=target.device)
+        bounds = torch.searchsorted(target[order], edges).tolist()
+        return [order[a:b] for a, b in zip([0, *bounds], bounds, strict=False)]
+
+    def backward(
+        self,
+        chunk: Chunk,
+        place: slice,  # of the chunk among the live rows
+        coef: Coefficients,
+        mine: list[Tensor],  # by_tile of its targets
+        grads: Gradients,
+        *,
+        kept: Tensor | None = None,  # [r, V], what forward kept; None: tiles are computed again
+        only: int | None = None,  # the number of one tile; the last one completes dhidden
+    ) -> None:
+        """Adds the gradients of a chunk."""
+        vocab = self.head.weight.shape[0]
+        scaled = chunk.x.to(chunk.z.dtype) * coef.rows[:, None]
+        if chunk.x.dtype == torch.bfloat16:  # float16 has no range for c/Z, and is multiplied in float32
+            scaled = scaled.to(torch.bfloat16)
+        dhidden = grads.rows_of_hidden(chunk, place)
         for number, (start, stop) in enumerate(self.tiles()):
+            if only is not None and number != only:
+                continue
             if kept is not None:
                 tile = kept[:, start:stop]
             else:
-                tile = self._scratch(0, rows, stop - start)
+                tile = self._scratch(0, chunk.x.shape[0], stop - start)
                 self._gradient_tile(chunk, coef, start, stop, tile)
-            weight, _ = self.head.tile(start, stop)
             if dhidden is not None:
+                weight, _ = self.head.tile(start, stop)
                 steps.gemm(dhidden, tile, weight, beta=float(start > 0), rounded=self.head.rounded)
-            mine = order[bounds[number] : bounds[number + 1]]
-            grads.add_tile(chunk, coef, tile, scaled, start, stop, mine, self.head.rounded)
-        if dhidden is not None:
-            dhidden.mul_(coef.rows[:, None])
-            steps.add_target_rows(dhidden, self.head.weight, chunk.target, coef.target, self.head.operand)
-            grads.store_hidden(chunk, dhidden)
-        grads.started = True
+            grads.add_tile(chunk, coef, tile, scaled, start, mine[number], first=place.start == 0)
+            if dhidden is not None and stop == vocab:
+                dhidden.mul_(coef.rows[:, None])
+                grads.store_hidden(chunk, dhidden, coef.target)
 
     def _gradient_tile(self, chunk: Chunk, coef: Coefficients, start: int, stop: int, tile: Tensor) -> None:
         """E f again; with an entropy gradient also times its affine function of z_v - z_y."""
@@ -300,57 +318,77 @@ def coefficients(
 
     d lse / dz_v = p_v, and d entropy / dz_v = -p_v (log p_v + entropy) with log p_v = logp + z_v - z_y.
     """
-    logp, miss, inverse = chunk.finish()
+    logp, _, miss, inverse = chunk.finish()
     slope = chunk.factor
     if head.softcap is not None:
         temperature = head.logit_scale / chunk.factor
         slope = slope * (1 - (chunk.z * temperature / head.softcap).square())
     others = dlogp if dlse is None else dlogp - dlse
-    target = dlogp * miss if dlse is None else dlogp * miss + dlse * (1 - miss)
+    p = logp.exp()  # not 1 - miss, which would lose the digits of a small p
+    target = dlogp * miss if dlse is None else dlogp * miss + dlse * p
     if dentropy is None or entropy is None:
         return Coefficients(-others * inverse * chunk.factor, target * slope, None)
-    target = target - dentropy * (1 - miss) * (logp + entropy)
+    target = target - dentropy * p * (logp + entropy)
     constant = -(others + dentropy * (logp + entropy)) * inverse
     return Coefficients(chunk.factor, target * slope, (constant, -dentropy * inverse))
 
 
 class Gradients:
-    """The gradients under construction, allocated once; chunks add to them."""
+    """The gradients under construction, allocated once; chunks add to them.
+
+    dweight is summed in the dtype of the logits and rounded once. Where the two dtypes are the same it is its
+    own sum. Else `single` and `window`, which see every column of a chunk at once, hold a sum [V, H]; and
+    `recompute` finishes one slice of the vocabulary after the other, over all chunks (`sliced`), so that a
+    slice is all it holds.
+    """
 
     def __init__(
-        self, head: Head, hidden: Tensor, all_rows: bool, needs: tuple[bool, bool, bool], keeps: bool
-    ):
-        """needs: hidden, weight, bias. keeps: chunks come one after another, each with every column."""
-        work = work_dtype(hidden, head.weight)
-        weight = head.weight
-        new = torch.empty_like if all_rows else torch.zeros_like
-        self.hidden = new(hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
-        self.bias = torch.zeros(weight.shape[0], dtype=work, device=weight.device) if needs[2] else None
-        self.started = False
-        # A 16-bit dweight is rounded once: from slices where each is written once, else from a float32 sum.
-        self.sum = None
-        if self.weight is not None and weight.dtype == work:
-            self.sum = self.weight
-        elif self.weight is not None and keeps:
-            self.sum = torch.empty(weight.shape, dtype=work, device=weight.device)
+        self,
+        head: Head,
+        hidden: Tensor,
+        live: int,
+        needs: tuple[bool, bool, bool],  # hidden, weight, bias
+        complete: bool,  # chunks come with every column
+    ) -> None:
+        self.head, self.work = head, work_dtype(hidden, head.weight)
+        device = hidden.device
 
-    def rows_of_hidden(self, chunk: Chunk) -> Tensor | None:
-        """Where a chunk's dhidden is accumulated: in place where it can be."""
+        def dtype(tensor: Tensor) -> torch.dtype:
+            # single and window scale by the upstream gradient later, and float16 may have lost it by then
+            return self.work if complete and tensor.dtype == torch.float16 else tensor.dtype
+
+        everything = live == hidden.shape[0]
+        new = torch.empty if everything else torch.zeros
+        shape = head.weight.shape
+        self.hidden = new(hidden.shape, dtype=dtype(hidden), device=device) if needs[0] else None
+        self.weight = torch.empty(shape, dtype=dtype(head.weight), device=device) if needs[1] else None
+        self.bias = torch.zeros(shape[0], dtype=self.work, device=device) if needs[2] else None
+        rounded = self.weight is not None and self.weight.dtype != self.work
+        self.sliced = rounded and not complete
+        self.sum = self.weight
+        if rounded:
+            self.sum = None if self.sliced else torch.empty(shape, dtype=self.work, device=device)
+        # chunks come again for every slice, so what is not summed in place must stay in between
+        self.rows = None
+        if self.sliced and self.hidden is not None and not (everything and self.hidden.dtype == self.work):
+            self.rows = torch.empty(live, hidden.shape[1], dtype=self.work, device=device)
+
+    def _in_place(self, index: Index) -> bool:
+        return isinstance(index, slice) and self.hidden is not None and self.hidden.dtype == self.work
+
+    def rows_of_hidden(self, chunk: Chunk, place: slice) -> Tensor | None:
+        """Where dhidden of a chunk is summed: in place where it can be."""
         if self.hidden is None:
             return None
-        if self._in_place(chunk):
+        if self._in_place(chunk.index):
             return self.hidden[chunk.index]
-        return torch.empty(chunk.x.shape, dtype=chunk.z.dtype, device=chunk.x.device)
+        return torch.empty_like(chunk.x, dtype=self.work) if self.rows is None else self.rows[place]
 
-    def store_hidden(self, chunk: Chunk, dhidden: Tensor) -> None:
-        if self.hidden is not None and not self._in_place(chunk):
+    def store_hidden(self, chunk: Chunk, dhidden: Tensor, coef: Tensor) -> None:
+        """Completes dhidden [r, H] of a chunk by coef [r] times the targets' rows of the weight."""
+        steps.add_target_rows(dhidden, self.head.weight, chunk.target, coef, self.head.operand)
+        if self.hidden is not None and not self._in_place(chunk.index):
             self.hidden[chunk.index] = dhidden.to(self.hidden.dtype)
-
-    def _in_place(self, chunk: Chunk) -> bool:
-        return (
-            isinstance(chunk.index, slice) and self.hidden is not None and self.hidden.dtype == chunk.z.dtype
-        )
 
     def add_tile(
         self,
@@ -358,45 +396,52 @@ class Gradients:
         coef: Coefficients,
         tile: Tensor,  # [r, v], E f
         scaled: Tensor,  # [r, H]
-        start: int,
-        stop: int,
-        mine: Tensor,  # [k] rows whose target lies in the tile, by target
-        rounded: bool,
+        start: int,  # of the slice of the vocabulary
+        mine: Tensor,  # [k] rows whose target lies in it
+        *,
+        first: bool,  # the first chunk writes, the others add
     ) -> None:
         """dweight and dbias of one slice of the vocabulary."""
+        stop = start + tile.shape[1]
         target, column = coef.target[mine], chunk.target[mine] - start
         if self.weight is not None:
             if self.sum is not None:
-                part, beta = self.sum[start:stop], float(self.started)
+                part = self.sum[start:stop]
             else:
-                part = torch.empty(stop - start, scaled.shape[1], dtype=tile.dtype, device=tile.device)
-                beta = 0.0
-            steps.gemm(part, tile.t(), scaled, beta=beta, rounded=rounded)
-            part.index_add_(0, column, chunk.x[mine].to(part.dtype) * target[:, None])
-            if self.sum is None:
-                self.weight[start:stop] = part.to(self.weight.dtype)
+                if first:
+                    self.slice = torch.empty(
+                        stop - start, scaled.shape[1], dtype=self.work, device=tile.device
+                    )
+                part = self.slice
+            steps.gemm(part, tile.t(), scaled, beta=float(not first), rounded=self.head.rounded)
+            steps.add_hidden_rows(part, column, chunk.x, mine, target)
         if self.bias is not None:
             self.bias[start:stop].addmv_(tile.t(), coef.rows)
             self.bias[start:stop].index_add_(0, column, target)
 
-    def add_jacobian(
-        self, head: Head, chunk: Chunk, coef: Coefficients, product: Tensor, others: Tensor
-    ) -> None:
-        """dhidden of a chunk from (1/Z) (E f) @ W, product [r, H]: others [r] * product + target rows."""
-        dhidden = self.rows_of_hidden(chunk)
-        if dhidden is None:
-            return
-        torch.mul(product, others[:, None], out=dhidden)
-        steps.add_target_rows(dhidden, head.weight, chunk.target, coef.target, head.operand)
-        self.store_hidden(chunk, dhidden)
+    def round_slice(self, start: int) -> None:
+        """Writes the slice of dweight that begins at `start`, complete now."""
+        if self.weight is not None:
+            self.weight[start : start + self.slice.shape[0]] = self.slice.to(self.weight.dtype)
 
-    def finish(self, head: Head) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def add_jacobian(self, chunk: Chunk, place: slice, product: Tensor, others: Tensor, coef: Tensor) -> None:
+        """dhidden of a chunk from (1/Z) (E f) @ W, product: others [r] times it, and the targets' rows."""
+        dhidden = self.rows_of_hidden(chunk, place)
+        if dhidden is not None:
+            torch.mul(product, others[:, None], out=dhidden)
+            self.store_hidden(chunk, dhidden, coef)
+
+    def clear(self) -> None:
+        """No live row at all: zeros."""
+        for grad in (self.hidden, self.weight, self.sum, self.bias):
+            if grad is not None:
+                grad.zero_()
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dhidden, dweight, dbias, in the dtypes of what they are gradients of."""
-        if self.weight is not None and not self.started:
-            self.weight.zero_()
-        elif self.weight is not None and self.sum is not None and self.sum is not self.weight:
+        if self.weight is not None and self.sum is not None and self.sum is not self.weight:
             self.weight.copy_(self.sum)
-        bias = None if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype)
+        bias = None if self.bias is None or self.head.bias is None else self.bias.to(self.head.bias.dtype)
         return self.hidden, self.weight, bias
 
 

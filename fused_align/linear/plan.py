@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 
 PLANS = ("auto", "score", "jacobian", "single", "window", "recompute")
-HALF = (torch.bfloat16, torch.float16)
 MIB = 1 << 20
 
 # A tile that stays in a CPU's cache between the GEMM and the passes over it; on a GPU, one that fills it.
@@ -27,6 +26,7 @@ TILE_BYTES = {"cpu": 8 * MIB, "cuda": 128 * MIB}
 MAX_ROWS = {"cpu": 2048, "cuda": 8192}
 MIN_ROWS, MIN_COLS = 32, 256  # the smallest tile worth a GEMM; a budget below it is raised to it
 MIN_CHUNK = 128  # complete rows: below this the weight is re-read too often, and recompute is cheaper
+ROW_BYTES = 256  # the vectors of a chunk's rows: sums, coefficients, float64 in between
 GATHER_BYTES = 3 * MIB  # gathered weight rows and the products with them, see backends.torch_
 
 
@@ -40,6 +40,7 @@ class Problem:
     work: torch.dtype  # of logits and sums
     hidden_dtype: torch.dtype
     weight_dtype: torch.dtype
+    operand: torch.dtype | None  # GEMM operands are rounded to this first (autocast)
     device: torch.device
     grad_hidden: bool
     grad_head: bool  # weight or bias
@@ -52,6 +53,11 @@ class Problem:
     )
     longest: int = 1  # rows of the largest item
 
+    @property
+    def rounds(self) -> bool:
+        """Whether dweight is summed in another dtype than it is returned in."""
+        return self.grad_head and self.weight_dtype != self.work
+
     def scratch(self, plan: str) -> int:
         """How many tiles are alive at once: E, tanh^2 under a softcap, exponents where the entropy asks."""
         entropy = self.entropy or (self.entropy_grad and plan == "recompute")
@@ -60,21 +66,21 @@ class Problem:
     def bytes(self, plan: str, rows: int, cols: int) -> int:
         """Extra memory of a plan in chunks of `rows` and tiles of `cols`, besides inputs and outputs."""
         size, H = self.work.itemsize, self.hidden
-        half_weight = self.weight_dtype in HALF
-        gathered = self.masked or self.hidden_dtype != self.work
+        gathered = self.masked or self.coupling in ("sequence", "pair") or self.hidden_dtype != self.work
         needed = size * rows * cols * self.scratch(plan)
-        needed += size * rows * H * gathered  # x
-        needed += size * cols * H * half_weight  # a tile of the weight, upcast
-        needed += min(GATHER_BYTES, 3 * size * rows * H)
+        needed += size * rows * H * (gathered or self.operand is not None)  # x
+        needed += size * cols * H * ((self.operand or self.weight_dtype) != self.work)  # weight, cast
+        needed += min(GATHER_BYTES, 3 * size * rows * H) + ROW_BYTES * rows
         if plan in ("single", "window", "recompute"):
             needed += size * rows * H * (gathered + 1)  # dhidden of the chunk; rows scaled by coefficients
         if plan == "jacobian":
             needed += size * rows * H * 2 * gathered  # product and dhidden of the chunk
         if plan in ("single", "window"):
             needed += size * rows * self.vocab
-            needed += size * self.vocab * H * (half_weight and self.grad_head)  # float32 dweight
-        if plan == "recompute" and half_weight:
-            needed += size * cols * H  # float32 slice of dweight
+            needed += size * self.vocab * H * self.rounds  # the sum of dweight
+        if plan == "recompute" and self.rounds:
+            needed += size * cols * H  # the sum of a slice of dweight
+            needed += size * self.rows * H * gathered  # dhidden, until the last slice is done
         return needed
 
 
@@ -88,7 +94,10 @@ class Plan:
 def budget(workspace_bytes: int | None, problem: Problem) -> int:
     """The byte budget: the argument, else FUSED_ALIGN_WORKSPACE_BYTES, else what the fast plan needs."""
     if workspace_bytes is None:
-        workspace_bytes = int(os.environ.get("FUSED_ALIGN_WORKSPACE_BYTES", "0")) or None
+        given = os.environ.get("FUSED_ALIGN_WORKSPACE_BYTES", "")
+        if given and not given.isdecimal():
+            raise ValueError(f"FUSED_ALIGN_WORKSPACE_BYTES must be a number of bytes; got {given!r}.")
+        workspace_bytes = int(given) if given else None
     if workspace_bytes is not None:
         if workspace_bytes <= 0:
             raise ValueError(f"workspace_bytes must be positive; got {workspace_bytes}.")
@@ -120,14 +129,19 @@ def why_not(plan: str, problem: Problem, available: int) -> str | None:
         return f"{plan} needs coefficients that are known in the forward: call align_loss"
     if plan != wanted:
         return f"the loss couples a {problem.coupling}, whose plan is {wanted!r}"
-    rows = _chunk_rows(plan, problem, available)
-    if rows < min(problem.rows, MIN_CHUNK) or rows < problem.longest:
-        least = problem.bytes(plan, max(min(problem.rows, MIN_CHUNK), problem.longest), MIN_COLS)
+    if problem.rows and _chunk_rows(problem, plan, available) == 0:
+        rows = _least_rows(problem)
         return (
-            f"{plan} needs workspace_bytes >= {least} to hold complete rows of "
-            f"max({MIN_CHUNK}, longest {problem.coupling} = {problem.longest}) tokens; got {available}"
+            f"{plan} needs workspace_bytes >= {problem.bytes(plan, rows, _least_cols(problem))} to hold all "
+            f"exponents of {rows} tokens (the longest {problem.coupling} has {problem.longest}); got "
+            f"{available}"
         )
     return None
+
+
+def check_plan(plan: str) -> None:
+    if plan not in PLANS:
+        raise ValueError(f"plan must be one of {list(PLANS)}; got {plan!r}.")
 
 
 def choose(problem: Problem, plan: str = "auto", workspace_bytes: int | None = None) -> Plan:
@@ -136,8 +150,7 @@ def choose(problem: Problem, plan: str = "auto", workspace_bytes: int | None = N
     Raises:
         ValueError: no such plan, or the plan asked for cannot serve, with the reason.
     """
-    if plan not in PLANS:
-        raise ValueError(f"plan must be one of {list(PLANS)}; got {plan!r}.")
+    check_plan(plan)
     available = budget(workspace_bytes, problem)
     if not (problem.grad_hidden or problem.grad_head):
         plan = "score"
@@ -152,30 +165,42 @@ def choose(problem: Problem, plan: str = "auto", workspace_bytes: int | None = N
 
 def _sizes(plan: str, problem: Problem, available: int) -> tuple[int, int]:
     if plan in ("single", "window"):
-        rows = _chunk_rows(plan, problem, available)
-        if plan == "single" and rows:  # even chunks: a short last one wastes a pass over the weight
+        rows = max(_chunk_rows(problem, plan, available), 1)
+        if plan == "single":  # even chunks: a short last one wastes a pass over the weight
             rows = -(-problem.rows // max(1, -(-problem.rows // rows)))
-        return max(rows, 1), _cols(problem, max(rows, 1))
-    # A 16-bit dweight is written once, from a float32 slice, so recompute sees all rows for each slice.
-    whole = plan == "recompute" and problem.grad_head and problem.weight_dtype in HALF
-    rows = max(1, problem.rows if whole else min(problem.rows, MAX_ROWS.get(problem.device.type, 8192)))
+    else:
+        rows = min(problem.rows, _most_rows(problem))
+    rows = max(rows, 1)
     cols = _cols(problem, rows)
     while problem.bytes(plan, rows, cols) > available:
-        if cols > MIN_COLS:
-            cols = max(MIN_COLS, cols // 2)
-        elif rows > MIN_ROWS and not whole:
+        if cols > _least_cols(problem):
+            cols = max(_least_cols(problem), cols // 2)
+        elif rows > MIN_ROWS and plan not in ("single", "window"):
             rows = max(MIN_ROWS, rows // 2)
         else:
             break
     return rows, cols
 
 
-def _chunk_rows(plan: str, problem: Problem, available: int) -> int:
-    """The most complete rows that fit: bytes() is linear in rows for a given number of columns."""
-    rows = min(problem.rows, MAX_ROWS.get(problem.device.type, 8192))
-    while rows > 0 and problem.bytes(plan, rows, _cols(problem, rows)) > available:
-        rows = rows * 7 // 8
-    return rows
+def _chunk_rows(problem: Problem, plan: str, available: int) -> int:
+    """The most complete rows that fit, 0 if those of the smallest useful chunk do not."""
+    least = _least_rows(problem)
+    rows = max(least, min(problem.rows, _most_rows(problem)))
+    while rows > least and problem.bytes(plan, rows, _least_cols(problem)) > available:
+        rows = max(least, rows * 7 // 8)
+    return rows if problem.bytes(plan, rows, _least_cols(problem)) <= available else 0
+
+
+def _least_rows(problem: Problem) -> int:
+    return min(problem.rows, max(MIN_CHUNK, problem.longest))
+
+
+def _most_rows(problem: Problem) -> int:
+    return MAX_ROWS.get(problem.device.type, 8192)
+
+
+def _least_cols(problem: Problem) -> int:
+    return min(problem.vocab, MIN_COLS)
 
 
 def _cols(problem: Problem, rows: int) -> int:

@@ -58,15 +58,20 @@ class Loss:
         """What `normalizer` counts: "tokens" | "sequences" | "pairs"."""
         return UNITS[self.item]
 
+    @property
+    def needs_ref(self) -> bool:
+        """Whether batch.ref_logp is read."""
+        return self.anchor == "ref"
+
     def items(self, logp: Tensor, log_ratio: Tensor, batch: Batch) -> Tensor:
         """logp [n], log_ratio [n] (clipped, if Humanline is on), a live batch -> items [n] | [S] | [P]."""
         raise NotImplementedError(f"{self.name} must define items(logp, log_ratio, batch).")
 
     def weights(self, batch: Batch) -> Tensor:
-        """What each item is multiplied by before the sum is divided by the count of `unit`, float32."""
+        """What each item is multiplied by before the sum is divided by the count of `unit`, float64."""
         if self.item == "token":
             return _token_weight(batch)
-        return torch.ones(batch.count(self.unit), device=batch.target.device)
+        return torch.ones(batch.count(self.unit), dtype=torch.float64, device=batch.target.device)
 
     def metrics(self, logp: Tensor, log_ratio: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Detached scalars under the trainers' usual names; called without grad on the whole live batch."""
@@ -75,8 +80,8 @@ class Loss:
 
 def _token_weight(batch: Batch) -> Tensor:  # -> [n]
     if batch.token_weight is not None:
-        return batch.token_weight.float()
-    return torch.ones(batch.target.numel(), device=batch.target.device)
+        return batch.token_weight.double()
+    return torch.ones(batch.target.numel(), dtype=torch.float64, device=batch.target.device)
 
 
 class Objective:
@@ -95,7 +100,7 @@ class Objective:
                 "Drop humanline or use a loss with a reference."
             )
         if loss.anchor == "ref":
-            batch.need("ref_logp", f"{loss.name} is anchored at the reference model, so it")
+            batch.need("ref_logp", f"{loss.name} is measured against a reference model, so it")
         self.loss, self.batch, self.humanline = loss, batch, humanline
         self.weights = loss.weights(batch) / _divisor(loss, batch, normalizer)
 
@@ -104,7 +109,7 @@ class Objective:
         if self.loss.anchor is None:
             return logp
         anchor = batch.ref_logp if self.loss.anchor == "ref" else batch.old_logp
-        return logp - (logp.detach() if anchor is None else anchor.detach().to(logp.dtype))
+        return logp - (logp.detach() if anchor is None else anchor.to(logp.dtype))
 
     def clipped(self, logp: Tensor, batch: Batch) -> Tensor:
         log_ratio = self.log_ratio(logp, batch)
@@ -118,7 +123,7 @@ class Objective:
                 f"{self.loss.name}.items: item={self.loss.item!r} asks for {list(weights.shape)} items; got "
                 f"{list(items.shape)}."
             )
-        return (items.double() * weights.double()).sum().to(logp.dtype)
+        return (items.double() * weights).sum().to(logp.dtype)
 
     @torch.no_grad()
     def metrics(self, logp: Tensor) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..batch import Batch
 from .base import Loss
 
-MAX_LOG_RATIO = 60.0  # e^60 is finite in float32, squared too; above it there is no gradient
+MAX_LOG_RATIO = 60.0  # e^60 is finite in float32; above it there is no gradient
+MAX_ITEM = 1e30  # of rho * KL, whose factors may reach e^60 each
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class GRPO(Loss):
             )
 
     @property
+    def needs_ref(self) -> bool:
+        return self.beta != 0
+
+    @property
     def unit(self) -> str:
         return "tokens" if self.aggregation == "token_mean" else "sequences"
 
@@ -81,14 +86,17 @@ class GRPO(Loss):
         if self.beta == 0:
             return items
         kl = self.penalty(logp, batch)
-        return items + self.beta * (rho * kl if self.kl_correction else kl)
+        return items + self.beta * ((rho * kl).clamp(max=MAX_ITEM) if self.kl_correction else kl)
 
     def penalty(self, logp: Tensor, batch: Batch) -> Tensor:
         """[n] estimates of KL(pi || ref), nats. Source: J. Schulman, "Approximating KL divergence", 2020."""
-        d = batch.need("ref_logp", f"{self.name}'s KL penalty").detach().to(logp.dtype) - logp
+        d = batch.need("ref_logp", f"{self.name}'s KL penalty").to(logp.dtype) - logp
         if self.kl == "k1":
             return -d
-        return d.square() / 2 if self.kl == "k2" else d.clamp(max=MAX_LOG_RATIO).exp() - d - 1
+        if self.kl == "k2":
+            return d.square() / 2
+        d = d.clamp(max=MAX_LOG_RATIO)
+        return torch.expm1(d) - d  # near the reference e^d - d - 1 would be all rounding
 
     def metrics(self, logp: Tensor, log_ratio: Tensor, batch: Batch) -> dict[str, Tensor]:
         advantage, rho = batch.token_advantage(self.name), log_ratio.exp()

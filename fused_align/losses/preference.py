@@ -90,6 +90,10 @@ class IPO(PairLoss):
     tau: float = 0.1
     normalize: bool = True
 
+    def __post_init__(self) -> None:
+        if not self.tau > 0:
+            raise ValueError(f"IPO: tau must be positive, the margin aimed at is 1/(2 tau); got {self.tau}.")
+
     def rewards(self, log_ratio: Tensor, batch: Batch) -> Tensor:
         return self.tau * (batch.mean(log_ratio) if self.normalize else batch.sum(log_ratio))
 
@@ -123,7 +127,7 @@ class KTO(Loss):
 
     def items(self, logp: Tensor, log_ratio: Tensor, batch: Batch) -> Tensor:
         desirable = batch.need("desirable", "KTO")
-        z0 = batch.need("kl", "KTO (its reference point z0, see fused_align.kto_kl)").detach()
+        z0 = batch.need("kl", "KTO (its reference point z0, see fused_align.kto_kl)")
         distance = self.beta * (batch.sum(log_ratio) - z0.to(logp.dtype))
         # 1 - s(x) = s(-x), which keeps its digits when x is large
         return torch.where(
@@ -144,7 +148,7 @@ class KTO(Loss):
             "logps/rejected": mean(summed, ~desirable),
             "rewards/chosen": mean(rewards, desirable),
             "rewards/rejected": mean(rewards, ~desirable),
-            "kl": batch.need("kl", "KTO").detach().to(logp.dtype),
+            "kl": batch.need("kl", "KTO").to(logp.dtype),
         }
 
 

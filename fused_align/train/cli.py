@@ -12,7 +12,8 @@ import dataclasses
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -24,6 +25,7 @@ from .trainer import AlignTrainer
 
 SECTIONS = (ModelConfig, DataConfig, AlignConfig)
 FLOAT = "tag:yaml.org,2002:float"
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 class ConfigError(ValueError):
@@ -100,7 +102,10 @@ def read(path: Path) -> dict[str, Any]:
     """The YAML file as a dict."""
     if not path.is_file():
         raise ConfigError(f"there is no file {path}.")
-    values = yaml.load(path.read_text(), _Loader)  # noqa: S506  (a SafeLoader)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML ({error}). Correct the line that it names.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold fields and values (name: value); got {type(values).__name__}.")
     return values
@@ -130,8 +135,27 @@ def parse(values: dict[str, Any], overrides: list[str]) -> tuple[ModelConfig, Da
             raise ConfigError(f"{required} is not set; name it in the file or with --{required}.")
     if str(values.get("resume_from_checkpoint", "")).lower() in ("true", "false"):
         values["resume_from_checkpoint"] = str(values["resume_from_checkpoint"]).lower() == "true"
+    values = _typed(values)
     sections: Any = HfArgumentParser(list(SECTIONS)).parse_dict(values)
     return sections
+
+
+def _typed(values: dict[str, Any]) -> dict[str, Any]:
+    """yes, no, on, off as booleans where one is expected; HfArgumentParser would take "no" for true."""
+    hints = {name: hint for section in SECTIONS for name, hint in get_type_hints(section).items()}
+    typed = dict(values)
+    for name, value in values.items():
+        kinds = set(get_args(hints[name]) or (hints[name],))
+        if kinds - {NoneType} == {bool} and not isinstance(value, bool):
+            switch = SWITCHES.get(value.lower()) if isinstance(value, str) else None
+            if switch is None and (value is not None or NoneType not in kinds):
+                raise ConfigError(f"{name} must be true or false (or yes, no, on, off); got {value!r}.")
+            typed[name] = switch
+        if kinds - {NoneType} == {int} and (
+            isinstance(value, bool) or not isinstance(value, (int, NoneType))
+        ):
+            raise ConfigError(f"{name} must be a whole number, written without a point; got {value!r}.")
+    return typed
 
 
 def _overrides(arguments: list[str]) -> list[tuple[str, Any]]:
@@ -164,7 +188,7 @@ def _fields() -> str:
             if section is not AlignConfig or field.name not in inherited:
                 lines.append(f"  --{field.name}  {field.metadata.get('help', '')} [{field.default}]")
     lines.append("Of transformers.TrainingArguments: " + ", ".join(sorted(inherited)))
-    return "\n".join(lines).replace("%", "%%")
+    return "\n".join(lines)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

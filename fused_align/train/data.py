@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -128,7 +129,8 @@ def prepare(
     counted in the log). index numbers the rows that stay.
 
     Raises:
-        ValueError: the data set lacks the columns of `kind`, or has no usable row.
+        ValueError: the data set lacks the columns of `kind`, has no usable row, or a row with a null text, a
+            label that is not 0 or 1, or a reward that is not a finite number (the row is named).
     """
     columns = _columns(dataset, kind)
     if kind == "unpaired":
@@ -140,7 +142,9 @@ def prepare(
         features["margin"] = datasets.Value("float64")
     dropped = [column for column in dataset.column_names if column not in features]
     # the types are given: inferred ones would depend on which rows come first
-    examples = dataset.map(encode, remove_columns=dropped, features=datasets.Features(features))
+    examples = dataset.map(
+        encode, with_indices=True, remove_columns=dropped, features=datasets.Features(features)
+    )
     examples = examples.filter(lambda lengths: len(lengths) > 0, input_columns="prompt_lengths")
     if len(examples) < len(dataset):
         logger.warning(
@@ -188,6 +192,7 @@ def _with_mismatched(dataset: datasets.Dataset) -> datasets.Dataset:
 
 def _encode_row(
     row: dict[str, Any],
+    number: int,
     *,
     kind: str,
     columns: tuple[str, ...],
@@ -195,8 +200,11 @@ def _encode_row(
     max_length: int | None,
     scale_rewards: str,
 ) -> dict[str, Any]:
+    _check_row(row, number, columns)
     prompt, completions = _prompt_and_completions(row, kind, columns)
-    rows = [encode(tokenizer, prompt, completion, tools=row.get("tools")) for completion in completions]
+    rows: list[Row] = []
+    if all(completion != [] for completion in completions):  # chats may have no message of their own
+        rows = [encode(tokenizer, prompt, completion, tools=row.get("tools")) for completion in completions]
     if max_length is not None:
         rows = [(tokens[:max_length], length) for tokens, length in rows]
     if not all(live_count(row) > 0 for row in rows):
@@ -209,13 +217,34 @@ def _encode_row(
     if kind == "unpaired":
         example["label"] = bool(row["label"])
     if kind == "group":
-        if len(row["rewards"]) != len(completions):
-            raise ValueError(
-                f"A group needs one reward per completion; got {len(completions)} completions and "
-                f"{len(row['rewards'])} rewards."
-            )
         example["advantages"] = advantages(row["rewards"], scale_rewards)
     return example
+
+
+def _check_row(row: dict[str, Any], number: int, columns: tuple[str, ...]) -> None:
+    for column in sorted({*columns, "mismatched"} - {"label", "rewards"}):
+        value = row.get(column, "")
+        if value is None or isinstance(value, list) and None in value:
+            column = "completion of this or a later row" if column == "mismatched" else column
+            raise ValueError(f"Row {number}: {column} is null, and a text is needed. Leave such rows out.")
+    if "label" in columns and row["label"] not in (0, 1):
+        raise ValueError(
+            f"Row {number}: label must be true or false (or 1, 0), whether the completion is desirable; got "
+            f"{row['label']!r}."
+        )
+    if "rewards" not in columns:
+        return
+    completions, rewards = row["completions"], row["rewards"] or []
+    if len(rewards) != len(completions):
+        raise ValueError(
+            f"Row {number}: a group needs one reward per completion; got {len(completions)} completions and "
+            f"{len(rewards)} rewards."
+        )
+    if not all(isinstance(reward, (int, float)) and math.isfinite(reward) for reward in rewards):
+        raise ValueError(
+            f"Row {number}: rewards must be finite numbers, or the advantages of the whole group are lost; "
+            f"got {rewards}."
+        )
 
 
 def _prompt_and_completions(
@@ -303,10 +332,10 @@ def advantages(rewards: Sequence[float], scale: str = "group") -> list[float]:
 
 
 def fingerprint(dataset: datasets.Dataset) -> str:
-    """A digest of the examples' tokens: tells whether stored log-probs belong to these examples."""
+    """A digest of the tokens and of which are learnt: tells whether stored log-probs belong to them."""
     digest = hashlib.blake2b(digest_size=16)
-    for sequences in dataset["input_ids"]:
-        digest.update(repr(sequences).encode())
+    for columns in zip(dataset["input_ids"], dataset["prompt_lengths"], strict=True):
+        digest.update(repr(columns).encode())
     return digest.hexdigest()
 
 

@@ -72,6 +72,7 @@ class AlignTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         _check(model, args, processing_class)
+        _check_inputs(peft_config, train_dataset, eval_dataset)
         set_seed(args.seed)  # before a fresh adapter is drawn
         if peft_config is not None:
             from peft import get_peft_model
@@ -116,7 +117,7 @@ class AlignTrainer(Trainer):
         self.reference = None if self.schedule is None else SyncedReference(self.model)
         self.tables: dict[str, ScoreTable] = {}  # log-probs under the initial model, by data set
         self.resuming = False
-        self._metrics: dict[str, list[Tensor]] = {}
+        self._metrics: dict[str, Tensor] = {}  # [2] each, since the last log: the sum, and of how many
         self._steps_since_log = 0
         self.add_callback(ScoreInitialModel(self))
         if self.reference is not None:
@@ -166,9 +167,15 @@ class AlignTrainer(Trainer):
         )
         output = model(**{name: inputs[name] for name in MODEL_INPUTS}, align=request)
         for name, value in output.metrics.items():
-            self._metrics.setdefault(name, []).append(value)
+            measured = ~value.isnan()
+            entry = torch.stack([torch.where(measured, value, 0.0).float(), measured.float()])
+            self._metrics[name] = self._metrics.get(name, 0.0) + entry
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
+
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device. Under DeepSpeed, Trainer would also round log-probs and advantages to 16 bits."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def _anchors(self, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
         """The log-probs that the loss is anchored at: of the synced reference if there is one."""
@@ -203,6 +210,8 @@ class AlignTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As Trainer.train. A resumed run is measured against the model that the first run began with."""
         self.resuming = bool(resume_from_checkpoint)
+        if self.resuming and not hasattr(self.model, "disable_adapter"):
+            self.tables = {}  # what evaluate() scored is this process's model, not the one the run began with
         return super().train(resume_from_checkpoint, **kwargs)
 
     def initial_scores(self, name: str, dataset: Dataset) -> ScoreTable:
@@ -251,7 +260,7 @@ class AlignTrainer(Trainer):
         """Whether training itself reads the initial model's log-probs."""
         if self.reference is None:
             return self.loss.anchor is not None
-        return self.loss.anchor == "old" and getattr(self.loss, "beta", 0.0) != 0.0
+        return self.loss.anchor == "old" and self.loss.needs_ref
 
     # ---- checkpoints -------------------------------------------------------------------------------------
 
@@ -278,8 +287,8 @@ class AlignTrainer(Trainer):
         names = sorted(self._metrics)
         if not names:
             return {}
-        values = torch.stack([torch.stack(self._metrics[name]).float().nanmean() for name in names])
-        totals = torch.stack([torch.stack(self._metrics[name]).float().sum() for name in names])
+        totals, counts = torch.stack([self._metrics[name] for name in names]).unbind(1)
+        values = totals / counts
         gathered = self.accelerator.gather(torch.stack([values, totals])[None])  # [ranks, 2, names]
         steps, self._steps_since_log = max(self._steps_since_log, 1), 0
         self._metrics = {}
@@ -337,9 +346,9 @@ class AlignTrainer(Trainer):
         if initial is not None:
             fields |= self._anchors({"initial_logp": packed(initial)})
         if self.kind == "unpaired" and initial is not None:
-            fields["kl"] = fa.kto_kl(
-                *_padded([policy(e)[1] for e, _ in order], [initial(e)[1] for e, _ in order])
-            )
+            rows = _padded([policy(e)[1] for e, _ in order], [initial(e)[1] for e, _ in order])
+            # kto_kl averages over the ranks, which nccl does on the device only; all of them hold all rows
+            fields["kl"] = fa.kto_kl(*(part.to(self.args.device) for part in rows)).cpu()
         batch = fa.Batch(
             torch.zeros(len(logp), dtype=torch.int64), cu_seqlens=lengths.cumsum(0), **fields
         ).live()
@@ -421,6 +430,18 @@ def _check(model: Any, args: AlignConfig, tokenizer: Any) -> None:
             "process per GPU with torchrun or accelerate launch, or show it a single GPU "
             "(CUDA_VISIBLE_DEVICES)."
         )
+    if args.label_smoothing_factor != 0:
+        raise ValueError(
+            f"AlignTrainer: label_smoothing_factor={args.label_smoothing_factor} is Trainer's, of a "
+            "cross-entropy over logits that are not formed here. Use the loss's own where it has one: "
+            "loss_args: {label_smoothing: ...}."
+        )
+    if args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
+        raise ValueError(
+            "AlignTrainer: use_liger_kernel would replace the forward that computes the loss by its fused "
+            "linear cross entropy. Set liger_kernel_config: {fused_linear_cross_entropy: false} to keep its "
+            "other kernels, or drop use_liger_kernel."
+        )
     if hasattr(model, "disable_adapter"):
         raise ValueError(
             "AlignTrainer: the model already has an adapter, and the initial model would be the one below "
@@ -436,6 +457,23 @@ def _check(model: Any, args: AlignConfig, tokenizer: Any) -> None:
             "AlignTrainer: Humanline syncing copies whole weights, which FSDP and DeepSpeed shard; that is "
             "not supported yet. Use DDP, or sync_every: 0."
         )
+
+
+def _check_inputs(peft_config: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(
+            f"AlignTrainer: {type(peft_config).__name__} puts virtual tokens before the prompt, and the "
+            "positions of the log-probs would no longer be those of the labels. Use LoRA, or another method "
+            "that changes weights."
+        )
+    held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    for dataset in (train_dataset, *held_out):
+        if dataset is not None and not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"AlignTrainer: got a {type(dataset).__name__}, expected a datasets.Dataset: rows are read "
+                "more than once, by their number. Load a streamed set without streaming=True, or make one "
+                "with Dataset.from_list."
+            )
 
 
 def _stack(parts: list[Tensor], fill: float) -> Tensor:  # [s_i, t_i] each -> [sum s_i, max t_i]
