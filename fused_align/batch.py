@@ -75,6 +75,11 @@ class Batch:
         self.advantage_per_token = isinstance(advantage, Tensor) and advantage.shape == target.shape
         self.sequences = self._check()
         self.is_live = False
+        if self.advantage_per_token and target.shape == (self.sequences,) and bool((self.lengths != 1).any()):
+            raise ValueError(
+                f"Batch: advantage [{self.sequences}] could be one per sequence or per token: there are as many tokens "
+                "as sequences. Append an ignored token (target -100) to say which."
+            )
 
     @classmethod
     def from_labels(cls, labels: Tensor, **fields: Tensor | None) -> Batch:  # labels [B, T]
@@ -122,11 +127,6 @@ class Batch:
                 raise TypeError(f"Batch: {name} must be bool; got {field.dtype}. Call {name}.bool().")
         if self.group is not None and self.group.dtype != torch.int64:
             raise TypeError(f"Batch: group must be int64 prompt ids; got {self.group.dtype}.")
-        if self.advantage_per_token and target.shape == (S,) and bool((self.lengths != 1).any()):
-            raise ValueError(
-                f"Batch: advantage {[S]} could be one per sequence or per token: there are as many tokens "
-                "as sequences. Append an ignored token (target -100) to say which."
-            )
         if not self.advantage_per_token:
             self._check_shape("advantage", (S,), "[S], or target's shape for one advantage per token")
         if self.margin is not None:
