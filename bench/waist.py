@@ -124,8 +124,8 @@ def errors(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, float]:
     found = {"logp": ((logp - true).abs() / true.abs().clamp(min=1)).max().item(), "gradients": 0.0}
 
     def gradients(loss: fa.Loss, plan: str, dtype: torch.dtype, frozen: bool) -> tuple[Tensor, ...]:
-        x = hidden[:rows].to(dtype).requires_grad_()
-        w = weight.to(dtype).requires_grad_(not frozen)
+        x = hidden[:rows].detach().to(dtype).requires_grad_()
+        w = weight.detach().to(dtype).requires_grad_(not frozen)
         backend = "eager" if dtype == torch.float64 else "auto"
         value = fa.align_loss(x, w, batch, loss, plan=plan, backend=backend).loss
         return torch.autograd.grad(value, (x,) if frozen else (x, w))

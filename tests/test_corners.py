@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerances import check_logp, relative_errors
 from torch import Tensor
 
 import fused_align as fa
 from fused_align.linear.plan import Problem, choose
-from tolerances import check_logp, relative_errors
 
 
 def operands(n: int, h: int, v: int, dtype: torch.dtype, lead: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
