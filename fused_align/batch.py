@@ -77,8 +77,8 @@ class Batch:
         self.is_live = False
         if self.advantage_per_token and target.shape == (self.sequences,) and bool((self.lengths != 1).any()):
             raise ValueError(
-                f"Batch: advantage [{self.sequences}] could be one per sequence or per token: there are as many tokens "
-                "as sequences. Append an ignored token (target -100) to say which."
+                f"Batch: advantage [{self.sequences}] could be one per sequence or per token: there are as "
+                "many tokens as sequences. Append an ignored token (target -100) to say which."
             )
 
     @classmethod
