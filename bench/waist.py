@@ -121,7 +121,7 @@ def errors(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, float]:
         true = fa.linear_logp(hidden[:rows].double(), weight.double(), y, backend="eager")
     offsets = torch.arange(0, rows + 1, rows // 4, device=y.device)
     batch = fa.Batch(y, cu_seqlens=offsets, ref_logp=logp + 0.1)
-    found = {"logp": ((logp - true).abs() / true.abs().clamp(min=1)).max().item(), "gradients": 0.0}
+    worst = [0.0]
 
     def gradients(loss: fa.Loss, plan: str, dtype: torch.dtype, frozen: bool) -> tuple[Tensor, ...]:
         x = hidden[:rows].detach().to(dtype).requires_grad_()
@@ -135,8 +135,10 @@ def errors(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, float]:
         for plan in ("jacobian", chunked, "recompute"):
             got = gradients(loss, plan, torch.float32, plan == "jacobian")
             for g, e in zip(got, expected, strict=False):
-                found["gradients"] = max(found["gradients"], ((g - e).norm() / e.norm()).item())
-    return found
+                worst.append(((g - e).norm() / e.norm()).item())
+    off = (logp - true).abs() / true.abs().clamp(min=1)
+    # of tensors: max() of Python numbers passes over NaN
+    return {"logp": off.max().item(), "gradients": torch.tensor(worst).max().item()}
 
 
 def main() -> None:
@@ -165,7 +167,7 @@ def main() -> None:
             f"\n{kind}: errors against float64 over all plans: logp {error['logp']:.1e} relative to "
             f"max(1, |logp|), gradients {error['gradients']:.1e} relative RMS"
         )
-        if max(error.values()) > 1e-5:
+        if not all(e <= 1e-5 for e in error.values()):
             raise SystemExit("the waist is less exact than 1e-5: no timing is worth reporting")
         gemms, runs = bare(hidden, weight), cases(hidden, weight, target)
         for run in (*gemms.values(), *(call for _, call in runs.values())):

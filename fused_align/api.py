@@ -57,7 +57,8 @@ def align_loss(
             the count over the whole optimizer step and micro-batches add up to the full batch. A dict gives
             the count per unit.
         plan: "auto", or one of `fused_align.linear.plan` by name. "single" and "window" form the gradients in
-            the forward: their backward may run once.
+            the forward: their backward may run once, and rounds a 16-bit gradient once more unless the
+            upstream gradient is a power of two.
 
     Returns:
         AlignOutput(loss, metrics). loss is float32 (float64 for float64 inputs). Under no_grad it
@@ -91,16 +92,16 @@ def align_loss(
     )
     backend = backends.pick(backend, hidden.device)
     chosen = choose(problem, plan, workspace_bytes)
+    per_row = temperature.detach().reshape(-1) if isinstance(temperature, Tensor) else temperature
     if chosen.name in ("single", "window") and backend != "eager":
-        per_row = temperature.detach().reshape(-1) if isinstance(temperature, Tensor) else temperature
         value, logp = FusedLoss.apply(flat, weight, bias, per_row, head, objective, chosen, problem)
     else:
         every = linear_logp(
-            hidden, weight, batch.target, bias=bias, temperature=temperature, logit_scale=logit_scale,
+            flat, weight, batch.target.reshape(-1), bias=bias, temperature=per_row, logit_scale=logit_scale,
             softcap=softcap, backend=backend, plan=chosen.name, precision=precision,
             workspace_bytes=workspace_bytes,
         )  # fmt: skip
-        logp = every.reshape(-1)[live.rows]
+        logp = every[live.rows]
         value = objective.total(logp, live, objective.weights)
     return AlignOutput(value, objective.metrics(logp))
 

@@ -72,14 +72,8 @@ class Batch:
         self.off_policy = off_policy
         self.reference = reference
         self.group = group
-        self.advantage_per_token = isinstance(advantage, Tensor) and advantage.shape == target.shape
-        self.sequences = self._check()
         self.is_live = False
-        if self.advantage_per_token and target.shape == (self.sequences,) and bool((self.lengths != 1).any()):
-            raise ValueError(
-                f"Batch: advantage [{self.sequences}] could be one per sequence or per token: there are as "
-                "many tokens as sequences. Append an ignored token (target -100) to say which."
-            )
+        self.sequences = self._check()
 
     @classmethod
     def from_labels(cls, labels: Tensor, **fields: Tensor | None) -> Batch:  # labels [B, T]
@@ -100,6 +94,10 @@ class Batch:
     def _check(self) -> int:
         """Checks every field against the layout; returns the number of sequences S."""
         target = self.target
+        for name in ("target", "cu_seqlens"):
+            field = getattr(self, name)
+            if not isinstance(field, Tensor) and (field is not None or name == "target"):
+                raise TypeError(f"Batch: {name} must be a torch.Tensor; got {type(field).__name__}.")
         if target.dtype != torch.int64:
             raise TypeError(f"Batch: target must be int64; got {target.dtype}. Call target.long().")
         if target.dim() == 2:
@@ -127,8 +125,16 @@ class Batch:
                 raise TypeError(f"Batch: {name} must be bool; got {field.dtype}. Call {name}.bool().")
         if self.group is not None and self.group.dtype != torch.int64:
             raise TypeError(f"Batch: group must be int64 prompt ids; got {self.group.dtype}.")
+        self.advantage_per_token = getattr(self.advantage, "shape", None) == target.shape
         if not self.advantage_per_token:
             self._check_shape("advantage", (S,), "[S], or target's shape for one advantage per token")
+        elif (
+            target.shape == (S,) and self.cu_seqlens is not None and bool((self.cu_seqlens.diff() != 1).any())
+        ):
+            raise ValueError(
+                f"Batch: advantage [{S}] could be one per sequence or per token: there are as many tokens as "
+                "sequences. Append an ignored token (target -100) to say which."
+            )
         if self.margin is not None:
             self._check_shape("margin", (S // 2,), "[P] with P = S/2 pairs")
         if self.kl is not None:

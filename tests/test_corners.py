@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
-from tolerances import check_logp, relative_errors
+from tolerances import GRAD, check_logp, relative_errors
 from torch import Tensor
 
 import fused_align as fa
+from fused_align.linear import ops
 from fused_align.linear.plan import Problem, choose
 
 
@@ -58,9 +62,10 @@ def test_autocast_rounds_operands_and_nothing_else(backend: str):
 
 def problem(**changes: object) -> Problem:
     given: dict = {
-        "rows": 8000, "hidden": 64, "vocab": 5000, "work": torch.float32, "hidden_dtype": torch.float32,
-        "weight_dtype": torch.float32, "operand": None, "device": torch.device("cpu"), "grad_hidden": True,
-        "grad_head": True, "coupling": "pair", "longest": 3000,
+        "rows": 8000, "given": 8000, "hidden": 64, "vocab": 5000, "work": torch.float32,
+        "hidden_dtype": torch.float32, "weight_dtype": torch.float32, "operand": None, "rounded": False,
+        "device": torch.device("cpu"), "grad_hidden": True, "grad_head": True, "coupling": "pair",
+        "longest": 3000,
     }  # fmt: skip
     return Problem(**(given | changes))
 
@@ -76,7 +81,8 @@ def test_the_budget_that_an_error_asks_for_is_enough():
             choose(problem(longest=longest), "window", 1 << 20)
         asked = int(str(caught.value).split(">= ")[1].split()[0])
         chosen = choose(problem(longest=longest), "window", asked)
-        assert problem(longest=longest).bytes("window", chosen.rows, chosen.cols) <= asked
+        needed = problem(longest=longest)
+        assert needed.held("window") + needed.bytes("window", chosen.rows, chosen.cols) <= asked
 
 
 def test_autocast_of_a_float32_weight_needs_no_second_sum():
@@ -116,9 +122,10 @@ def test_the_k3_penalty_keeps_its_digits_near_the_reference():
 
 
 def test_an_advantage_that_could_mean_two_things():
-    target, offsets = torch.tensor([1, 2]), torch.tensor([0, 2, 2])
+    target, advantage = torch.tensor([1, -100]), torch.ones(2)
     with pytest.raises(ValueError, match="as many tokens as sequences"):
-        fa.Batch(target, cu_seqlens=offsets, advantage=torch.ones(2))
+        fa.Batch(target, cu_seqlens=torch.tensor([0, 2, 2]), advantage=advantage)
+    fa.Batch(target, cu_seqlens=torch.tensor([0, 1, 2]), advantage=advantage)  # means the same either way
 
 
 def test_columns_are_data_under_every_plan():
@@ -129,3 +136,73 @@ def test_columns_are_data_under_every_plan():
         batch = fa.Batch(target.view(2, 4), advantage=advantage)
         fa.align_loss(x, weight, batch, fa.GRPO(), plan=plan).loss.backward()
         assert advantage.grad is None and x.grad is not None
+
+
+@pytest.mark.parametrize("plan", ["single", "recompute"])
+def test_gradients_of_gradients_are_refused(plan: str):
+    hidden, weight, target = operands(8, 4, 30, torch.float64)
+    x = hidden[None].requires_grad_()
+    loss = fa.align_loss(x, weight.requires_grad_(), fa.Batch(target[None]), fa.SFT(), plan=plan).loss
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.square().sum().backward()
+
+
+def test_an_entropy_that_nobody_differentiates_costs_no_gradient(monkeypatch: pytest.MonkeyPatch):
+    hidden, weight, target = operands(8, 4, 30, torch.float32)
+    asked: list[bool] = []
+    own = ops.coefficients
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        found = own(*args, **kwargs)
+        asked.append(found.mix is not None)
+        return found
+
+    monkeypatch.setattr(ops, "coefficients", spy)
+    stats = fa.token_stats(hidden.requires_grad_(), weight.requires_grad_(), target, entropy=True)
+    stats.logp.sum().backward(retain_graph=True)
+    assert stats.entropy is not None and asked == [False]
+    stats.entropy.sum().backward()
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize("offset", [100.0, 1e3, 1e4])
+def test_logits_with_a_common_offset(offset: float):
+    logits = offset + torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
+    target = torch.randint(300, (20,), generator=torch.Generator().manual_seed(1))
+    leaves = [logits.requires_grad_(), logits.detach().double().requires_grad_()]
+    (got,) = torch.autograd.grad(fa.logp_from_logits(leaves[0], target).sum(), leaves[0])
+    dense = leaves[1].log_softmax(-1).gather(-1, target[:, None]).sum()
+    (want,) = torch.autograd.grad(dense, leaves[1])
+    assert relative_errors(got, want)[0] < 1e-6
+
+
+@pytest.mark.parametrize("raw", [30.0, 120.0, 150.0])
+def test_the_slope_of_a_target_near_its_cap(raw: float):
+    """1 - tanh^2 loses no digits to the rounding of the capped logit."""
+    weight = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    hidden, target = (raw * weight[7] / weight[7].square().sum())[None], torch.tensor([7])
+    grads = []
+    for dtype, backend in ((torch.float32, "auto"), (torch.float64, "eager")):
+        w = weight.to(dtype).requires_grad_()
+        options: dict[str, Any] = {"softcap": 30.0, "temperature": 0.7, "backend": backend}
+        (grad,) = torch.autograd.grad(fa.linear_logp(hidden.to(dtype), w, target, **options).sum(), w)
+        grads.append(grad[7])
+    assert relative_errors(*grads)[0] < GRAD[torch.float32]
+
+
+def test_temperatures_of_logits_are_checked():
+    logits, target = torch.zeros(3, 5), torch.tensor([1, 2, -100])
+    for bad in (0.0, -1.0):
+        with pytest.raises(ValueError, match="temperature must be positive"):
+            fa.logp_from_logits(logits, target, temperature=torch.tensor([1.0, bad, 1.0]))
+    fa.logp_from_logits(logits, target, temperature=torch.tensor([1.0, 1.0, 0.0]))  # of an ignored position
+
+
+def test_rows_beyond_the_budget_take_a_fifth_pass():
+    many = problem(rows=80000, given=80001, hidden=896, vocab=151936, hidden_dtype=torch.bfloat16,
+                   weight_dtype=torch.bfloat16, coupling=None)  # fmt: skip
+    chosen = choose(many)
+    assert chosen.apart and chosen.rows * chosen.cols * 4 >= 8 << 20
+    assert not choose(replace(many, rows=8000)).apart
+    assert not choose(replace(many, weight_dtype=torch.float32)).apart

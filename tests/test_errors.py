@@ -117,6 +117,12 @@ HEAD_ERRORS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]
         ValueError,
         says("target", r"\[0, 30\)", "got -2"),
     ),
+    "a tensor for logit_scale": (
+        lambda: {"logit_scale": torch.tensor(2.0)},
+        TypeError,
+        says("logit_scale", "number", "tensor"),
+    ),
+    "a list for bias": (lambda: {"bias": [0.0] * V}, TypeError, says("bias", "Tensor", "list")),
     "no such backend": (
         lambda: {"backend": "triton3"},
         ValueError,
@@ -225,6 +231,8 @@ def test_normalizer():
         run_loss(small(), fa.DPO(), normalizer=0)
     with pytest.raises(ValueError, match=says("normalizer", "pairs", "tokens")):
         run_loss(small(), fa.DPO(), normalizer={"tokens": 3})
+    with pytest.raises(ValueError, match=says("normalizer", "positive", "-3")):
+        run_loss(small(), fa.DPO(), normalizer=torch.tensor(-3.0))
     with pytest.raises(ValueError, match=says("normalizer", shape(2))):
         run_loss(small(), fa.DPO(), normalizer=torch.ones(2))
 
@@ -283,6 +291,18 @@ def test_a_batch_that_is_no_batch():
 def test_batch_fields(field: str, value: Any, kind: type[Exception], message: str):
     with pytest.raises(kind, match=message):
         fa.Batch(small().target, **{field: value})
+
+
+def test_what_is_no_tensor():
+    case, rows = small(), [[1, 2], [3, 4]]
+    with pytest.raises(TypeError, match=says("linear_logp", "target", "Tensor", "list")):
+        fa.linear_logp(case.hidden, case.weight, rows)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=says("Batch", "target", "Tensor", "ndarray")):
+        fa.Batch(case.target.numpy())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=says("Batch", "cu_seqlens", "Tensor", "list")):
+        fa.Batch(torch.arange(5), cu_seqlens=[0, 5])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=says("logp_from_logits", "target", "Tensor", "list")):
+        fa.logp_from_logits(torch.zeros(2, 9), [1, 2])  # type: ignore[arg-type]
 
 
 def test_batch_layout():

@@ -6,8 +6,20 @@ import math
 
 import pytest
 import torch
-from cases import HUMANLINE, LOSSES, REGISTRY, Case, loss_id, make_case, oracle_loss, randn, run_loss
-from tolerances import check_grad, check_loss
+from cases import (
+    HUMANLINE,
+    LOSSES,
+    REGISTRY,
+    Case,
+    gradients,
+    leaves_of,
+    loss_id,
+    make_case,
+    oracle_loss,
+    randn,
+    run_loss,
+)
+from tolerances import check_grad, check_like_torch, check_loss
 
 import fused_align as fa
 import oracles
@@ -144,6 +156,45 @@ def test_ratio_stays_finite(advantage: float, gap: float):
     assert float(out.loss.detach()) == pytest.approx(want, rel=1e-5)
     for grad in grads.values():
         assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("plan", ["single", "recompute", "jacobian"])
+@pytest.mark.parametrize("lead", [0.0, 40.0, 120.0])
+@pytest.mark.parametrize("gap", [30.0, 47.0, 52.0, 59.0])
+def test_steep_coefficients(gap: float, lead: float, plan: str):
+    """A ratio of e^59 on a target of any probability: c / Z alone has no float32, its product with E does."""
+    case = make_case([5, 4], width=6, H=8, V=300).to(torch.float32)
+    live = case.mask
+    case.hidden[live] += lead * case.weight[case.target[live]] / case.weight.square().sum(1).mean()
+    logp, _, _ = oracles.token_stats(case.hidden.double(), case.weight.double(), case.target)
+    case.columns["advantage"] = -torch.ones(2)
+    case.columns["old_logp"] = (logp - gap * (torch.arange(6) % 2)).float()  # others are ordinary
+    keep = ("weight",) if plan == "jacobian" else ()
+    want, want_grad = oracle_loss(case, fa.GRPO(), frozen=keep)
+    plain, plain_grad = oracle_loss(case, fa.GRPO(), frozen=keep, dtype=torch.float32)
+    out, grads = run_loss(case, fa.GRPO(), frozen=keep, plan=plan)
+    check_like_torch(out.loss.detach(), want.detach(), plain.detach(), torch.float32, "loss")
+    for name, grad in grads.items():
+        check_like_torch(grad, want_grad[name], plain_grad[name], torch.float32, name)
+
+
+def test_steep_entropy_coefficients():
+    case = make_case([5, 4], width=6, H=8, V=300).to(torch.float32)
+    live = case.mask
+    case.hidden[live] += 40 * case.weight[case.target[live]] / case.weight.square().sum(1).mean()
+    _, want = oracle_entropy_gradient(case, torch.float64)
+    _, plain = oracle_entropy_gradient(case, torch.float32)
+    leaves = leaves_of(case)
+    entropy = fa.token_stats(leaves["hidden"], leaves["weight"], case.target, entropy=True).entropy
+    assert entropy is not None
+    for name, grad in gradients(1e20 * entropy.sum(), leaves).items():
+        check_like_torch(grad / 1e20, want[name], plain[name], torch.float32, name)
+
+
+def oracle_entropy_gradient(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    leaves = leaves_of(case.with_operands({k: v.to(dtype) for k, v in case.operands().items()}))
+    _, entropy, _ = oracles.token_stats(leaves["hidden"], leaves["weight"], case.target)
+    return entropy.sum().detach(), gradients(entropy.sum(), leaves)
 
 
 # --- by hand ---

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import HUMANLINE, LOSSES, generator, loss_id, plans_for, randn
+from tolerances import relative_errors
 from torch.profiler import ProfilerActivity, profile
 
 import fused_align as fa
@@ -231,6 +232,87 @@ def test_half_operands_with_many_rows(tmp_path: Path):
     found = allocations(run, tmp_path / "trace.json")
     assert found.largest <= budget
     assert found.peak <= budget + hidden.nbytes + weight.nbytes + PER_TOKEN * rows
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("mode", ["rounded", "autocast"])
+@pytest.mark.parametrize("budget", [4 * MIB, 8 * MIB, 32 * MIB])
+def test_rounded_operands(budget: int, mode: str, frozen: bool, tmp_path: Path):
+    """What a GEMM of 16-bit operands rounds, casts and gives before it is added counts as workspace."""
+    problem = make_problem(
+        torch.bfloat16 if mode == "rounded" else torch.float32, frozen=frozen, masked=False
+    )
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            out = fa.align_loss(
+                problem.hidden, problem.weight, problem.batch, fa.DPO(), workspace_bytes=budget,
+                precision="bf16" if mode == "rounded" else "high",
+            )  # fmt: skip
+        problem.backward(out.loss)
+
+    check(problem, run, budget, tmp_path / "trace.json")
+
+
+@pytest.mark.parametrize("budget", [8 * MIB, 32 * MIB])
+@pytest.mark.parametrize("loss", [fa.SFT(), fa.DPO()], ids=loss_id)
+def test_float16(loss: fa.Loss, budget: int, tmp_path: Path):
+    problem = make_problem(torch.float16, frozen=False, masked=True)
+
+    def run() -> None:
+        out = fa.align_loss(problem.hidden, problem.weight, problem.batch, loss, workspace_bytes=budget)
+        problem.backward(out.loss)
+
+    check(problem, run, budget, tmp_path / "trace.json")
+
+
+def test_a_frozen_head_holds_one_product_of_hidden(tmp_path: Path):
+    """`jacobian` hands its backward one float32 tensor of hidden's shape, larger here than the budget."""
+    rows, size, words, budget = 8192, 256, 4096, 4 * MIB
+    hidden = randn(rows, size, seed=1, dtype=torch.float32).requires_grad_()
+    weight = randn(words, size, seed=2, dtype=torch.float32)
+    target = torch.randint(words, (rows,), generator=generator(3))
+    target[::2] = oracles.IGNORE
+
+    def run() -> None:
+        fa.linear_logp(hidden, weight, target, workspace_bytes=budget).sum().backward()
+
+    found = allocations(run, tmp_path / "trace.json")
+    assert found.peak <= budget + 2 * hidden.nbytes + PER_TOKEN * rows
+
+
+def test_half_operands_with_more_rows_than_fit(tmp_path: Path):
+    """Where float32 dhidden of all rows is beyond the budget, it is formed in a walk of its own."""
+    rows, size, words, budget = 8192, 256, 4096, 6 * MIB
+    hidden = randn(rows, size, seed=1, dtype=torch.bfloat16).requires_grad_()
+    weight = (randn(words, size, seed=2) / size**0.5).bfloat16().requires_grad_()
+    target = torch.randint(words, (rows,), generator=generator(3))
+    target[::3] = oracles.IGNORE
+
+    def run() -> None:
+        fa.linear_logp(hidden, weight, target, workspace_bytes=budget).sum().backward()
+
+    found = allocations(run, tmp_path / "trace.json")
+    assert found.largest <= budget
+    assert found.peak <= budget + hidden.nbytes + weight.nbytes + PER_TOKEN * rows
+    few = [hidden.grad, weight.grad]
+    hidden.grad = weight.grad = None
+    fa.linear_logp(hidden, weight, target, workspace_bytes=64 * MIB).sum().backward()
+    for got, want in zip(few, (hidden.grad, weight.grad), strict=True):
+        assert got is not None and want is not None
+        assert relative_errors(got, want.double())[0] < 1e-4  # but for a last bit here and there
+
+
+def test_a_view_of_hidden_is_copied_once(tmp_path: Path):
+    hidden, weight = randn(S, T + 1, 2048, seed=1).float(), randn(300, 2048, seed=2).float()
+    target = torch.randint(300, (S, T), generator=generator(3))
+    batch = fa.Batch(target, ref_logp=torch.zeros(S, T))
+
+    def run() -> None:
+        fa.align_loss(hidden[:, :-1], weight, batch, fa.DPO(), workspace_bytes=4 * MIB)
+
+    found = allocations(run, tmp_path / "trace.json")
+    assert found.peak <= 4 * MIB + 4 * N * 2048 + PER_TOKEN * N
 
 
 def test_logp_from_logits_makes_no_copy_to_score(tmp_path: Path):

@@ -103,7 +103,7 @@ def exp_tile(tile: Tensor, target: Tensor) -> None:
 
 
 def finish_rows(z: Tensor, ref: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z, ref, S [n] -> logp, lse, 1 - p_y, 1/Z [n], with Z = S + 2^(z log2 e - ref).
+    """z, ref, S [n] -> logp, lse, 1 - p_y, 1/Z [n] float64, with Z = S + 2^(z log2 e - ref).
 
     In float64: ref is near 58 while S carries the digits, and these are only [n] numbers.
     """
@@ -111,8 +111,7 @@ def finish_rows(z: Tensor, ref: Tensor, total: Tensor) -> tuple[Tensor, Tensor, 
     log_odds = total.double().log() + offset * LN2
     logp = -torch.nn.functional.softplus(log_odds, threshold=700)
     inverse = 1 / (total.double() + torch.exp2(-offset))
-    miss = total.double() * inverse
-    return logp.to(z.dtype), (z.double() - logp).to(z.dtype), miss.to(z.dtype), inverse.to(z.dtype)
+    return logp, z.double() - logp, total.double() * inverse, inverse
 
 
 def add_target_rows(

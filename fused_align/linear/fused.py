@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..batch import Batch
 from ..losses.base import Objective
@@ -42,7 +43,7 @@ class FusedLoss(torch.autograd.Function):
         logp = torch.zeros(batch.rows.numel(), dtype=problem.work, device=hidden.device)
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         if isinstance(temperature, Tensor):
-            check_temperature("align_loss", temperature[batch.rows])
+            check_temperature(temperature[batch.rows])
 
         def body(walk: Walk) -> None:
             nonlocal loss
@@ -53,12 +54,12 @@ class FusedLoss(torch.autograd.Function):
                     if everything and isinstance(places, slice)
                     else part.rows
                 )
-                y = check_range("align_loss", part.target, weight.shape[0])
+                y = check_range(part.target, weight.shape[0])
                 temper = temperature if not isinstance(temperature, Tensor) else temperature[rows]
                 chunk = load(head, hidden, rows, y, temper)
                 kept = walk.complete(y.numel())
                 walk.forward(chunk, keep=kept)
-                value, _, _, _ = chunk.finish()
+                value = chunk.finish()[0].to(problem.work)
                 if y is not part.target:
                     value = torch.where(y == part.target, value, torch.nan)
                 logp[places] = value
@@ -69,7 +70,10 @@ class FusedLoss(torch.autograd.Function):
                 if total.requires_grad:  # a loss may be constant in these tokens
                     (dlogp,) = torch.autograd.grad(total, leaf)
                 loss = loss + total.detach().double()
-                coef, mine = coefficients(head, chunk, dlogp), walk.by_tile(y)
+                scale = chunk.tame(dlogp)
+                if bool((scale != 1).any()):
+                    kept.mul_(scale[:, None])
+                coef, mine = coefficients(chunk, dlogp), walk.by_tile(y)
                 walk.backward(chunk, slice(done, done + y.numel()), coef, mine, grads, kept=kept)
                 done += y.numel()
 
@@ -82,6 +86,7 @@ class FusedLoss(torch.autograd.Function):
         return loss.to(problem.work), logp
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss: Tensor, _dlogp: Tensor | None):  # type: ignore[override]
         if ctx.grads is None:
             raise RuntimeError(

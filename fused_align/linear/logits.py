@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ..batch import IGNORE_INDEX
-from .logp import FLOATS
-from .ops import check_range
+from .logp import FLOATS, check_tensors
+from .ops import check_range, check_temperature
 
 BLOCK_BYTES = 8 << 20  # rows are upcast and exponentiated in blocks of this size
 
@@ -38,6 +38,7 @@ def logp_from_logits(
         ValueError, TypeError: shapes or dtypes that do not fit; on a CPU also targets outside [0, V).
     """
     who = "logp_from_logits"
+    check_tensors(who, logits=logits, target=target)
     if logits.dim() < 1 or logits.shape[:-1] != target.shape:
         raise ValueError(
             f"{who}: logits must be [..., V] with target [...]; got {list(logits.shape)} and "
@@ -62,12 +63,13 @@ def logp_from_logits(
         y = torch.where(y == ignore_index, IGNORE_INDEX, y)
     inverse, scalar = None, 1.0
     if isinstance(temperature, Tensor):
+        check_temperature(temperature[y != IGNORE_INDEX])
         inverse = 1 / temperature.detach().to(
             torch.float64 if logits.dtype == torch.float64 else torch.float32
         )
     else:
         scalar = 1 / float(temperature)
-    logp, _ = torch.ops.fused_align.logp_from_logits(logits, y, inverse, scalar)
+    logp, _, _ = torch.ops.fused_align.logp_from_logits(logits, y, inverse, scalar)
     return logp
 
 
@@ -91,12 +93,12 @@ def _forward(
     target: Tensor,  # [...]
     inverse: Tensor | None,  # [...], 1 / temperature
     scalar: float,  # 1 / temperature
-) -> tuple[Tensor, Tensor]:
-    """-> logp, lse, [...] each."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> logp, the largest logit, the sum of the exponentials against it, [...] each."""
     work = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logp, lse = (logits.new_zeros(target.shape, dtype=work) for _ in range(2))
+    logp, largest, total = (logits.new_zeros(target.shape, dtype=work) for _ in range(3))
     for at in _blocks(logits, target, work):
-        y = check_range("logp_from_logits", target[at], logits.shape[-1])[:, None]
+        y = check_range(target[at], logits.shape[-1])[:, None]
         z = _load(logits, at, inverse, scalar, work)
         top = z.amax(1)
         gap = (z.gather(1, y).squeeze(1).double() - top.double()).clamp(max=0)
@@ -105,14 +107,15 @@ def _forward(
         value = -softplus(others.log() - gap, threshold=700).to(work)
         if logits.device.type != "cpu":
             value = torch.where(y.squeeze(1) == target[at], value, torch.nan)
-        logp[at], lse[at] = value, (top.double() + (others + gap.exp()).log()).to(work)
-    return logp, lse
+        logp[at], largest[at], total[at] = value, top, (others + gap.exp()).to(work)
+    return logp, largest, total
 
 
 @_forward.register_fake
 def _(logits, target, inverse, scalar):
     work = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.new_empty(target.shape, dtype=work), logits.new_empty(target.shape, dtype=work)
+    logp, largest, total = (logits.new_empty(target.shape, dtype=work) for _ in range(3))
+    return logp, largest, total
 
 
 @torch.library.custom_op("fused_align::logp_from_logits_backward", mutates_args=())
@@ -120,33 +123,35 @@ def _backward(
     dlogp: Tensor,  # [...]
     logits: Tensor,  # [..., V]
     target: Tensor,  # [...]
-    lse: Tensor,  # [...]
+    largest: Tensor,  # [...]
+    total: Tensor,  # [...]
     inverse: Tensor | None,  # [...]
     scalar: float,
 ) -> Tensor:
-    grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    for at in _blocks(logits, target, lse.dtype):
+    grad, work = torch.zeros_like(logits, memory_format=torch.contiguous_format), total.dtype
+    for at in _blocks(logits, target, work):
         y = target[at].clamp(0, logits.shape[-1] - 1)[:, None]
-        p = _load(logits, at, inverse, scalar, lse.dtype).sub_(lse[at][:, None]).exp_().scatter_(1, y, 0.0)
-        miss = p.sum(1, keepdim=True)  # 1 - p_y
-        coef = (dlogp[at] * (scalar if inverse is None else inverse[at]))[:, None]
-        grad[at] = p.mul_(-coef).scatter_(1, y, coef * miss).to(grad.dtype)
+        # against the largest and not their logsumexp, whose rounding would scale the row
+        e = _load(logits, at, inverse, scalar, work).sub_(largest[at][:, None]).exp_().scatter_(1, y, 0.0)
+        coef = (dlogp[at] * (scalar if inverse is None else inverse[at]) / total[at])[:, None]
+        others = e.sum(1, keepdim=True)  # (1 - p_y) * total
+        grad[at] = e.mul_(-coef).scatter_(1, y, coef * others).to(grad.dtype)
     return grad
 
 
 @_backward.register_fake
-def _(dlogp, logits, target, lse, inverse, scalar):
+def _(dlogp, logits, target, largest, total, inverse, scalar):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _setup(ctx, inputs, output) -> None:
     logits, target, inverse, ctx.scalar = inputs
-    ctx.save_for_backward(logits, target, output[1], inverse)
+    ctx.save_for_backward(logits, target, output[1], output[2], inverse)
 
 
-def _autograd(ctx, dlogp, _dlse):
-    logits, target, lse, inverse = ctx.saved_tensors
-    grad = torch.ops.fused_align.logp_from_logits_backward(dlogp, logits, target, lse, inverse, ctx.scalar)
+def _autograd(ctx, dlogp, _dlargest, _dtotal):
+    *saved, inverse = ctx.saved_tensors
+    grad = torch.ops.fused_align.logp_from_logits_backward(dlogp, *saved, inverse, ctx.scalar)
     return grad, None, None, None
 
 

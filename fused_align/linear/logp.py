@@ -131,7 +131,7 @@ def _stats(
         temperature = temperature.detach().reshape(-1)
     if backends.pick(backend, hidden.device) == "eager":
         check_plan(plan)
-        found = _eager(who, flat, weight, bias, y, temperature, logit_scale, softcap)
+        found = _eager(flat, weight, bias, y, temperature, logit_scale, softcap)
     else:
         grad = torch.is_grad_enabled()
         per_row = isinstance(temperature, Tensor)
@@ -160,7 +160,6 @@ def _stats(
 
 
 def _eager(
-    who: str,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -170,9 +169,9 @@ def _eager(
     softcap: float | None,
 ) -> list[Tensor]:
     rows = (target != IGNORE_INDEX).nonzero().squeeze(1)
-    y = ops.check_range(who, target[rows], weight.shape[0])
+    y = ops.check_range(target[rows], weight.shape[0])
     if isinstance(temperature, Tensor):
-        temperature = ops.check_temperature(who, temperature[rows])
+        temperature = ops.check_temperature(temperature[rows])
     dtype, operand = work_dtype(hidden, weight), autocast_dtype(hidden, weight)
     if operand is not None:
         hidden, weight = hidden.to(operand), weight.to(operand)
@@ -195,6 +194,7 @@ def check_head(
     workspace_bytes: int | None,
 ) -> None:
     """Raises with a sentence if hidden, weight, bias and the head's options do not fit together."""
+    check_tensors(who, hidden=hidden, weight=weight, bias=bias)
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         size = hidden.shape[-1] if hidden.dim() else "?"
         swapped = weight.dim() == 2 and weight.shape[0] == size
@@ -213,6 +213,11 @@ def check_head(
         raise ValueError(f"{who}: bias must be [V] = [{weight.shape[0]}]; got {list(bias.shape)}.")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{who}: softcap must be positive, or None for no cap; got {softcap}.")
+    if isinstance(logit_scale, Tensor):
+        raise TypeError(
+            f"{who}: logit_scale must be a number, and is not differentiable; got a tensor. Pass "
+            "logit_scale.item(), or multiply hidden by it."
+        )
     if logit_scale == 0:
         raise ValueError(f"{who}: logit_scale must not be 0, which makes all logits equal.")
     if workspace_bytes is not None and not isinstance(workspace_bytes, int):
@@ -223,6 +228,7 @@ def check_head(
 
 def check_target(who: str, hidden: Tensor, target: Tensor, temperature: float | Tensor) -> None:
     """Raises with a sentence if target or temperature do not fit hidden."""
+    check_tensors(who, target=target)
     if target.dtype != torch.int64:
         raise TypeError(f"{who}: target must be int64; got {target.dtype}. Call target.long().")
     if target.shape != hidden.shape[:-1]:
@@ -240,6 +246,13 @@ def check_target(who: str, hidden: Tensor, target: Tensor, temperature: float | 
             )
     elif not temperature > 0:
         raise ValueError(f"{who}: temperature must be positive; got {temperature}.")
+
+
+def check_tensors(who: str, **given: object) -> None:
+    """Raises TypeError with a sentence for what is neither a tensor nor None."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{who}: {name} must be a torch.Tensor; got {type(value).__name__}.")
 
 
 def autocast_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype | None:

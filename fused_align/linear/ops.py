@@ -16,7 +16,7 @@ from .plan import Plan, Problem, choose
 from .workspace import lease
 
 
-def check_range(who: str, target: Tensor, vocab: int) -> Tensor:  # [n] live
+def check_range(target: Tensor, vocab: int) -> Tensor:  # [n] live
     """The targets, safe to gather with. Raises ValueError on a CPU if one lies outside [0, V)."""
     if target.device.type != "cpu":
         return target.clamp(0, vocab - 1)
@@ -24,17 +24,17 @@ def check_range(who: str, target: Tensor, vocab: int) -> Tensor:  # [n] live
         low, high = int(target.min()), int(target.max())
         if low < 0 or high >= vocab:
             raise ValueError(
-                f"{who}: targets must lie in [0, {vocab}) or equal ignore_index; got "
+                f"target must lie in [0, {vocab}) or equal ignore_index; got "
                 f"{low if low < 0 else high}."
                 " Is the vocabulary padded, or another ignore_index in use?"
             )
     return target
 
 
-def check_temperature(who: str, temperature: Tensor) -> Tensor:  # [n] live
+def check_temperature(temperature: Tensor) -> Tensor:  # [n] live
     """The temperatures. Raises ValueError on a CPU if one is not positive."""
     if temperature.device.type == "cpu" and not bool((temperature > 0).all()):
-        raise ValueError(f"{who}: temperatures must be positive; got {temperature.min().item():.4g}.")
+        raise ValueError(f"temperature must be positive; got {temperature.min().item():.4g}.")
     return temperature
 
 
@@ -58,16 +58,17 @@ def make_problem(
 ) -> Problem:
     return Problem(
         rows=live,
+        given=hidden.shape[0],
         hidden=hidden.shape[1],
         vocab=head.weight.shape[0],
         work=work_dtype(hidden, head.weight),
         hidden_dtype=hidden.dtype,
         weight_dtype=head.weight.dtype,
         operand=head.operand,
+        rounded=head.rounded,
         device=hidden.device,
         grad_hidden=grad_hidden,
         grad_head=grad_head,
-        masked=live != hidden.shape[0],
         capped=head.softcap is not None,
         **more,  # type: ignore[arg-type]
     )
@@ -105,20 +106,20 @@ def _forward(
     grad_hidden: bool,
     grad_head: bool,
 ) -> list[Tensor]:
-    """-> logp [M], entropy [M] or [0], lse [M], state [3, M] = (z, ref, S), product [M, H] or [0]."""
+    """-> logp [M], entropy [M] or [0], lse [M], state [3 or 4, M] (see `load`), product [M, H] or [0]."""
     head = Head(weight, bias, logit_scale, softcap, operand, rounded)
     work = work_dtype(hidden, weight)
     index, y = live_index(target)
-    safe = check_range("linear_logp", y, weight.shape[0])
+    safe = check_range(y, weight.shape[0])
     if temperature is not None:
-        check_temperature("linear_logp", temperature[index])
+        check_temperature(temperature[index])
     problem = make_problem(
         head, hidden, y.numel(), grad_hidden=grad_hidden, grad_head=grad_head, entropy=entropy,
         entropy_grad=entropy and (grad_hidden or grad_head),
     )  # fmt: skip
     chosen = choose(problem, plan, workspace_bytes)
     logp, entropies, lse = (hidden.new_zeros(target.shape, dtype=work) for _ in range(3))
-    state = hidden.new_zeros((3, target.numel()), dtype=work)
+    state = hidden.new_zeros((3 if softcap is None else 4, target.numel()), dtype=work)
     jacobian = chosen.name == "jacobian"
     fresh = hidden.new_zeros if problem.masked else hidden.new_empty
     product = fresh(hidden.shape if jacobian else (0,), dtype=work)
@@ -142,12 +143,13 @@ def _forward(
             value, lse_rows, _, inverse = chunk.finish()
             if safe is not y:
                 value = torch.where(safe[place] == y[place], value, torch.nan)
-            logp[rows], lse[rows] = value, lse_rows
-            state[0, rows], state[1, rows], state[2, rows] = chunk.z, chunk.ref, chunk.total
+            logp[rows], lse[rows] = value.to(work), lse_rows.to(work)
+            for kept, vector in zip(state, (chunk.z, chunk.ref, chunk.total, chunk.slope), strict=False):
+                kept[rows] = vector
             if entropy:
-                entropies[rows] = chunk.entropy(value, inverse)
+                entropies[rows] = chunk.entropy().to(work)
             if part is not None:
-                part.mul_((inverse * chunk.factor)[:, None])
+                part.mul_((inverse * chunk.factor).to(work)[:, None])
                 if not isinstance(rows, slice):
                     product[rows] = part
 
@@ -168,7 +170,7 @@ def _(
         logp,
         hidden.new_empty(target.shape if entropy else (0,), dtype=work),
         lse,
-        hidden.new_empty((3, target.shape[0]), dtype=work),
+        hidden.new_empty((3 if softcap is None else 4, target.shape[0]), dtype=work),
         hidden.new_empty(hidden.shape if jacobian else (0,), dtype=work),
     ]
 
@@ -184,7 +186,7 @@ def _backward(
     target: Tensor,  # [M]
     temperature: Tensor | None,  # [M]
     entropy: Tensor,  # [M] | [0]
-    state: Tensor,  # [3, M]
+    state: Tensor,  # [3 or 4, M]
     product: Tensor,  # [M, H] | [0]
     scalar_temperature: float,
     logit_scale: float,
@@ -199,7 +201,7 @@ def _backward(
     """-> dhidden [M, H], dweight [V, H], dbias [V], each [0] where not needed."""
     head = Head(weight, bias, logit_scale, softcap, operand, rounded)
     index, y = live_index(target)
-    y = check_range("linear_logp", y, weight.shape[0])
+    y = check_range(y, weight.shape[0])
     problem = make_problem(
         head, hidden, y.numel(), grad_hidden=grad_hidden, grad_head=grad_weight or grad_bias,
         entropy_grad=dentropy is not None,
@@ -207,16 +209,14 @@ def _backward(
     jacobian = product.numel() > 0
     chosen = choose(problem, "jacobian" if jacobian else "recompute", workspace_bytes)
     needs = (grad_hidden, grad_weight, grad_bias)
-    grads = Gradients(head, hidden, y.numel(), needs, complete=False)
+    grads = Gradients(head, hidden, y.numel(), needs, complete=False, apart=chosen.apart)
 
     def reload(rows: Index, place: slice) -> tuple[Chunk, Coefficients]:
-        saved = (state[0, rows], state[1, rows], state[2, rows])
         temper = _per_row(temperature, scalar_temperature, rows)
-        chunk = load(head, hidden, rows, y[place], temper, saved=saved)
-        lse = None if dlse is None else dlse[rows]
-        if dentropy is None:
-            return chunk, coefficients(head, chunk, dlogp[rows], lse)
-        return chunk, coefficients(head, chunk, dlogp[rows], lse, dentropy[rows], entropy[rows])
+        chunk = load(head, hidden, rows, y[place], temper, saved=state[:, rows])
+        found = [None if given is None else given[rows] for given in (dlogp, dlse, dentropy)]
+        chunk.tame(torch.stack([c.abs() for c in found if c is not None]).sum(0))
+        return chunk, coefficients(chunk, *found, entropy=None if dentropy is None else entropy[rows])
 
     def body(walk: Walk) -> None:
         parts = chunked(index, chosen.rows)
@@ -227,13 +227,17 @@ def _backward(
                 grads.add_jacobian(chunk, place, product[rows], others, coef.target)
             return
         mine = [walk.by_tile(y[place]) for _, place in parts]
-        # all tiles of a chunk, or the chunks of one tile after the other
-        for number, (start, _) in enumerate(walk.tiles() if grads.sliced else [(0, 0)]):
+
+        def round_of(only: int | None, which: tuple[bool, bool]) -> None:
             for (rows, place), targets in zip(parts, mine, strict=True):
                 chunk, coef = reload(rows, place)
-                walk.backward(chunk, place, coef, targets, grads, only=number if grads.sliced else None)
-            if grads.sliced:
-                grads.round_slice(start)
+                walk.backward(chunk, place, coef, targets, grads, only=only, parts=which)
+
+        if not grads.sliced or chosen.apart:  # all tiles of a chunk
+            round_of(None, (True, not grads.sliced))
+        for number, (start, _) in enumerate(walk.tiles() if grads.sliced else ()):  # all chunks of a tile
+            round_of(number, (not chosen.apart, True))
+            grads.round_slice(start)
 
     if y.numel():
         run_walk(head, chosen, problem, body)
@@ -259,6 +263,7 @@ def _(
 def _setup(ctx, inputs, output) -> None:
     hidden, weight, bias, target, temperature = inputs[:5]
     _, entropy, _, state, product = output
+    ctx.set_materialize_grads(False)  # zeros of product's size, for an output that no one differentiates
     ctx.save_for_backward(hidden, weight, bias, target, temperature, entropy, state, product)
     ctx.options = inputs[5:10], inputs[11]
 
@@ -270,7 +275,7 @@ def _autograd(ctx, grads):
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]
     if dlogp is None:
         dlogp = torch.zeros_like(state[0])
-    if entropy.numel() == 0:
+    if entropy.numel() == 0:  # a traced backward gets zeros for every output
         dentropy = None
     found = torch.ops.fused_align.linear_logp_backward(
         dlogp, dentropy, dlse, hidden, weight, bias, target, temperature, entropy, state, product,

@@ -32,6 +32,7 @@ from .plan import GATHER_BYTES, Plan
 HALF = (torch.bfloat16, torch.float16)
 SHIFT = 58.0  # base 2; e^40.2
 LOWEST = -80.0  # logp below which Z leaves 2^-58 .. 2^58
+STEEP = 2.0**64  # the largest c / Z; |c| above 64 may exceed it where p is near 1
 
 Index = slice | Tensor  # rows of the flat hidden
 
@@ -67,7 +68,8 @@ class Chunk:
     z: Tensor  # [r], the target's logit
     ref: Tensor  # [r], base 2
     total: Tensor  # [r], S
-    moment: Tensor | None = None  # [r], sum_v E_v (z_v - z_y)
+    slope: Tensor | None = None  # [r], 1 - tanh^2 of the target, under a cap
+    moment: Tensor | None = None  # [r] float64, sum_v E_v (z_v - z_y)
 
     def rows(self, index: Tensor) -> Chunk:
         """Some of the rows, with sums of their own."""
@@ -81,16 +83,35 @@ class Chunk:
             z=self.z[index],
             ref=self.ref[index],
             total=self.total[index],
+            slope=None if self.slope is None else self.slope[index],
             moment=None if self.moment is None else self.moment[index],
         )
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """logp, lse, 1 - p_y, 1/Z, each [r]."""
+        """logp, lse, 1 - p_y, 1/Z, each [r] float64."""
         return steps.finish_rows(self.z, self.ref, self.total)
 
-    def entropy(self, logp: Tensor, inverse: Tensor) -> Tensor:
+    def offset(self) -> Tensor:
+        """[r] float64: what turns an exponent into (z_v - z_y) log2 e; 58 but for rows walked again."""
+        return self.ref.double() - self.z.double() * LOG2E
+
+    def entropy(self) -> Tensor:  # [r] float64
         assert self.moment is not None
+        logp, _, _, inverse = self.finish()
         return -logp - inverse * self.moment
+
+    def tame(self, c: Tensor) -> Tensor:  # [r] -> [r]
+        """Where c / Z is beyond STEEP the reference moves to the row's lse, so that Z becomes 1.
+
+        A coefficient of e^60, an importance ratio at its cap, times 1/Z = 2^58 has no float32. Returns what E
+        against the old reference is to be multiplied by.
+        """
+        inverse = self.finish()[3]
+        moved = (self.ref.double() - inverse.log2()).to(self.ref.dtype)
+        ref = torch.where(c.abs() * inverse > STEEP, moved, self.ref)
+        scale = torch.exp2(self.ref.double() - ref.double())
+        self.ref, self.total = ref, (self.total.double() * scale).to(self.total.dtype)
+        return scale.to(self.total.dtype)
 
 
 def load(
@@ -101,11 +122,11 @@ def load(
     temperature: float | Tensor,  # [r]
     *,
     entropy: bool = False,
-    saved: tuple[Tensor, Tensor, Tensor] | None = None,
+    saved: Tensor | None = None,  # [3, r] or, under a cap, [4, r]
 ) -> Chunk:
     """A chunk ready to be walked: the target's logits by gather-dot, and the references from them.
 
-    saved: (z, ref, S) of an earlier walk over the same rows.
+    saved: z, ref, S and slope of an earlier walk over the same rows.
     """
     work = work_dtype(hidden, head.weight)
     x = hidden[index]
@@ -117,17 +138,19 @@ def load(
     gain = (head.logit_scale if head.softcap is None else head.softcap) * LOG2E * inverse
     factor = torch.as_tensor(head.logit_scale * inverse, dtype=work, device=x.device).expand(x.shape[0])
     if saved is not None:
-        z, ref, total = saved
+        z, ref, total = saved[:3]
+        slope = None if head.softcap is None else saved[3]
     else:
-        z = steps.target_logit(x, head.weight, head.bias, target, head.operand)
-        z = (z.double() * head.logit_scale).to(work)
+        z, slope = steps.target_logit(x, head.weight, head.bias, target, head.operand).double(), None
+        z = z * head.logit_scale
         if head.softcap is not None:
-            z = head.softcap * torch.tanh(z / head.softcap)
-        z = z * inverse
+            tanh = torch.tanh(z / head.softcap)
+            z, slope = head.softcap * tanh, (1 - tanh * tanh).to(work)
+        z = (z * inverse).to(work)
         ref = (z.double() * LOG2E + SHIFT).to(work)
         total = torch.zeros_like(z)
-    moment = torch.zeros_like(z) if entropy else None
-    return Chunk(index, x, target, gain, factor, z, ref, total, moment)
+    moment = torch.zeros_like(z, dtype=torch.float64) if entropy else None
+    return Chunk(index, x, target, gain, factor, z, ref, total, slope, moment)
 
 
 class Walk:
@@ -194,8 +217,12 @@ class Walk:
     def _walk(
         self, chunk: Chunk, keep: Tensor | None, product: Tensor | None, at: Tensor | None = None
     ) -> None:
-        """at: the rows of `keep` that the chunk's rows go to; None where they are all of them, in place."""
+        """at: the rows of `keep` that the chunk's rows go to; None where they are all of them, in place.
+
+        chunk.moment is taken about the target's logit, or about the reference of rows that are walked again.
+        """
         rows = chunk.x.shape[0]
+        pivot = (chunk.offset() if at is None else torch.zeros_like(chunk.z)).to(chunk.z.dtype)
         for start, stop in self.tiles():
             if keep is not None and at is None:
                 tile = keep[:, start:stop]
@@ -205,7 +232,7 @@ class Walk:
             distance = None
             if chunk.moment is not None:
                 distance = self._scratch(2 if square is not None else 1, rows, stop - start)
-                torch.add(tile, self._offset(chunk)[:, None], out=distance)
+                torch.add(tile, pivot[:, None], out=distance)
             steps.exp_tile(tile, chunk.target - start)
             chunk.total.add_(tile.sum(1))
             if distance is not None and chunk.moment is not None:
@@ -218,11 +245,6 @@ class Walk:
             if keep is not None and at is not None:
                 keep[at, start:stop] = tile
 
-    @staticmethod
-    def _offset(chunk: Chunk) -> Tensor:
-        """[r]: what turns an exponent into (z_v - z_y) log2 e; 58 but for rows walked again."""
-        return (chunk.ref.double() - chunk.z.double() * LOG2E).to(chunk.z.dtype)
-
     def _redo(self, chunk: Chunk, index: Tensor, keep: Tensor | None, product: Tensor | None) -> None:
         """Walks some rows again, against their true maximum instead of the target."""
         part = chunk.rows(index)
@@ -232,12 +254,12 @@ class Walk:
             self.exponents(part, start, stop, tile, None, used=1)
             part.ref = torch.maximum(part.ref, tile.amax(1))
         part.total = torch.zeros_like(part.z)
-        part.moment = None if part.moment is None else torch.zeros_like(part.z)
+        part.moment = None if part.moment is None else torch.zeros_like(part.moment)
         part_product = None if product is None else product[index]
         self._walk(part, keep, part_product, at=index)
         chunk.ref[index], chunk.total[index] = part.ref, part.total
         if chunk.moment is not None and part.moment is not None:
-            chunk.moment[index] = part.moment
+            chunk.moment[index] = part.moment + LN2 * part.offset() * part.total
         if product is not None and part_product is not None:
             product[index] = part_product
 
@@ -258,13 +280,14 @@ class Walk:
         *,
         kept: Tensor | None = None,  # [r, V], what forward kept; None: tiles are computed again
         only: int | None = None,  # the number of one tile; the last one completes dhidden
+        parts: tuple[bool, bool] = (True, True),  # dhidden; dweight and dbias
     ) -> None:
         """Adds the gradients of a chunk."""
         vocab = self.head.weight.shape[0]
         scaled = chunk.x.to(chunk.z.dtype) * coef.rows[:, None]
         if chunk.x.dtype == torch.bfloat16:  # float16 has no range for c/Z, and is multiplied in float32
             scaled = scaled.to(torch.bfloat16)
-        dhidden = grads.rows_of_hidden(chunk, place)
+        dhidden = grads.rows_of_hidden(chunk, place) if parts[0] else None
         for number, (start, stop) in enumerate(self.tiles()):
             if only is not None and number != only:
                 continue
@@ -276,7 +299,8 @@ class Walk:
             if dhidden is not None:
                 weight, _ = self.head.tile(start, stop)
                 steps.gemm(dhidden, tile, weight, beta=float(start > 0), rounded=self.head.rounded)
-            grads.add_tile(chunk, coef, tile, scaled, start, mine[number], first=place.start == 0)
+            if parts[1]:
+                grads.add_tile(chunk, coef, tile, scaled, start, mine[number], first=place.start == 0)
             if dhidden is not None and stop == vocab:
                 dhidden.mul_(coef.rows[:, None])
                 grads.store_hidden(chunk, dhidden, coef.target)
@@ -288,7 +312,7 @@ class Walk:
         if coef.mix is not None:
             constant, slope = coef.mix
             mix = self._scratch(2 if square is not None else 1, *tile.shape)
-            torch.add(tile, self._offset(chunk)[:, None], out=mix)
+            torch.add(tile, chunk.offset().to(tile.dtype)[:, None], out=mix)
             mix.mul_(slope[:, None] * LN2).add_(constant[:, None])
         steps.exp_tile(tile, chunk.target - start)
         if square is not None:
@@ -307,7 +331,6 @@ class Coefficients:
 
 
 def coefficients(
-    head: Head,
     chunk: Chunk,
     dlogp: Tensor,  # [r]
     dlse: Tensor | None = None,  # [r]
@@ -319,18 +342,17 @@ def coefficients(
     d lse / dz_v = p_v, and d entropy / dz_v = -p_v (log p_v + entropy) with log p_v = logp + z_v - z_y.
     """
     logp, _, miss, inverse = chunk.finish()
-    slope = chunk.factor
-    if head.softcap is not None:
-        temperature = head.logit_scale / chunk.factor
-        slope = slope * (1 - (chunk.z * temperature / head.softcap).square())
+    work = chunk.z.dtype
+    slope = chunk.factor if chunk.slope is None else chunk.factor * chunk.slope
     others = dlogp if dlse is None else dlogp - dlse
     p = logp.exp()  # not 1 - miss, which would lose the digits of a small p
     target = dlogp * miss if dlse is None else dlogp * miss + dlse * p
     if dentropy is None or entropy is None:
-        return Coefficients(-others * inverse * chunk.factor, target * slope, None)
+        return Coefficients((-others * inverse * chunk.factor).to(work), (target * slope).to(work), None)
     target = target - dentropy * p * (logp + entropy)
     constant = -(others + dentropy * (logp + entropy)) * inverse
-    return Coefficients(chunk.factor, target * slope, (constant, -dentropy * inverse))
+    mix = constant.to(work), (-dentropy * inverse).to(work)
+    return Coefficients(chunk.factor, (target * slope).to(work), mix)
 
 
 class Gradients:
@@ -339,7 +361,7 @@ class Gradients:
     dweight is summed in the dtype of the logits and rounded once. Where the two dtypes are the same it is its
     own sum. Else `single` and `window`, which see every column of a chunk at once, hold a sum [V, H]; and
     `recompute` finishes one slice of the vocabulary after the other, over all chunks (`sliced`), so that a
-    slice is all it holds.
+    slice is all it holds; and dhidden of all rows meanwhile, unless the plan forms that `apart`.
     """
 
     def __init__(
@@ -349,6 +371,7 @@ class Gradients:
         live: int,
         needs: tuple[bool, bool, bool],  # hidden, weight, bias
         complete: bool,  # chunks come with every column
+        apart: bool = False,  # as Plan.apart
     ) -> None:
         self.head, self.work = head, work_dtype(hidden, head.weight)
         device = hidden.device
@@ -370,7 +393,8 @@ class Gradients:
             self.sum = None if self.sliced else torch.empty(shape, dtype=self.work, device=device)
         # chunks come again for every slice, so what is not summed in place must stay in between
         self.rows = None
-        if self.sliced and self.hidden is not None and not (everything and self.hidden.dtype == self.work):
+        summed = everything and self.hidden is not None and self.hidden.dtype == self.work
+        if self.sliced and self.hidden is not None and not apart and not summed:
             self.rows = torch.empty(live, hidden.shape[1], dtype=self.work, device=device)
 
     def _in_place(self, index: Index) -> bool:

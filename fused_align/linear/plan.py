@@ -8,7 +8,9 @@
     recompute  everything else, or too small a budget           4             one tile
 
 `single` and `window` are one mechanism: a chunk of whole items whose exponentials stay until its gradient
-GEMMs have run. The result does not depend on the plan beyond rounding.
+GEMMs have run. `recompute` with a 16-bit weight finishes one slice of dweight after the other and also holds
+dhidden in float32 meanwhile; where that is too much it takes a fifth pass, for dhidden alone. The result does
+not depend on the plan beyond rounding.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ MIN_ROWS, MIN_COLS = 32, 256  # the smallest tile worth a GEMM; a budget below i
 MIN_CHUNK = 128  # complete rows: below this the weight is re-read too often, and recompute is cheaper
 ROW_BYTES = 256  # the vectors of a chunk's rows: sums, coefficients, float64 in between
 GATHER_BYTES = 3 * MIB  # gathered weight rows and the products with them, see backends.torch_
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,17 @@ class Problem:
     """What the planner reads: sizes, dtypes, which gradients are needed, when coefficients are known."""
 
     rows: int  # live rows
+    given: int  # rows of hidden, ignored ones included
     hidden: int  # H
     vocab: int  # V
     work: torch.dtype  # of logits and sums
     hidden_dtype: torch.dtype
     weight_dtype: torch.dtype
     operand: torch.dtype | None  # GEMM operands are rounded to this first (autocast)
+    rounded: bool  # precision="bf16"
     device: torch.device
     grad_hidden: bool
     grad_head: bool  # weight or bias
-    masked: bool = False  # live rows must be gathered
     capped: bool = False
     entropy: bool = False  # forward
     entropy_grad: bool = False
@@ -63,13 +67,37 @@ class Problem:
         entropy = self.entropy or (self.entropy_grad and plan == "recompute")
         return 1 + int(self.capped) + int(entropy)
 
+    @property
+    def masked(self) -> bool:
+        """Whether live rows must be gathered."""
+        return self.rows != self.given
+
+    @property
+    def _gathered(self) -> bool:
+        return self.masked or self.coupling in ("sequence", "pair") or self.hidden_dtype != self.work
+
+    def held(self, plan: str) -> int:
+        """Bytes that a plan holds whatever the sizes of its chunks and tiles."""
+        size, needed = self.work.itemsize, 0
+        if plan in ("single", "window"):
+            needed += size * self.vocab * self.hidden * self.rounds  # the sum of dweight
+            # which the upstream gradient may lift out of float16's range: it stays float32 until backward
+            needed += size * self.given * self.hidden * (self.hidden_dtype == torch.float16)
+        if plan == "recompute" and self.rounds and self.grad_hidden:
+            needed += size * self.rows * self.hidden * self._gathered  # dhidden, until the last slice is done
+        return needed
+
     def bytes(self, plan: str, rows: int, cols: int) -> int:
-        """Extra memory of a plan in chunks of `rows` and tiles of `cols`, besides inputs and outputs."""
-        size, H = self.work.itemsize, self.hidden
-        gathered = self.masked or self.coupling in ("sequence", "pair") or self.hidden_dtype != self.work
+        """What a plan needs at a time for chunks of `rows` and tiles of `cols`, on top of what is held."""
+        size, H, gathered = self.work.itemsize, self.hidden, self._gathered
+        operand = self.operand or self.weight_dtype
         needed = size * rows * cols * self.scratch(plan)
         needed += size * rows * H * (gathered or self.operand is not None)  # x
-        needed += size * cols * H * ((self.operand or self.weight_dtype) != self.work)  # weight, cast
+        needed += size * cols * H * (operand != self.work)  # weight, cast
+        needed += 2 * cols * H * (operand != self.weight_dtype)  # and rounded first
+        if operand in HALF and (self.rounded or self.device.type == "cuda"):
+            # E rounded for the GEMM, and what the GEMM gives before it is added
+            needed += 2 * rows * cols + size * max(rows * cols, rows * H, cols * H)
         needed += min(GATHER_BYTES, 3 * size * rows * H) + ROW_BYTES * rows
         if plan in ("single", "window", "recompute"):
             needed += size * rows * H * (gathered + 1)  # dhidden of the chunk; rows scaled by coefficients
@@ -77,10 +105,8 @@ class Problem:
             needed += size * rows * H * 2 * gathered  # product and dhidden of the chunk
         if plan in ("single", "window"):
             needed += size * rows * self.vocab
-            needed += size * self.vocab * H * self.rounds  # the sum of dweight
         if plan == "recompute" and self.rounds:
             needed += size * cols * H  # the sum of a slice of dweight
-            needed += size * self.rows * H * gathered  # dhidden, until the last slice is done
         return needed
 
 
@@ -89,6 +115,7 @@ class Plan:
     name: str
     rows: int  # of a chunk
     cols: int  # of a tile of the vocabulary
+    apart: bool = False  # recompute: dhidden and dweight in walks of their own
 
 
 def budget(workspace_bytes: int | None, problem: Problem) -> int:
@@ -104,7 +131,7 @@ def budget(workspace_bytes: int | None, problem: Problem) -> int:
         return workspace_bytes
     if problem.device.type == "cpu":
         return 256 * MIB
-    fast = problem.bytes("single", min(problem.rows, 4096), 1024)
+    fast = problem.held("single") + problem.bytes("single", min(problem.rows, 4096), 1024)
     total = (
         torch.cuda.get_device_properties(problem.device).total_memory if problem.device.type == "cuda" else 0
     )
@@ -129,10 +156,11 @@ def why_not(plan: str, problem: Problem, available: int) -> str | None:
         return f"{plan} needs coefficients that are known in the forward: call align_loss"
     if plan != wanted:
         return f"the loss couples a {problem.coupling}, whose plan is {wanted!r}"
-    if problem.rows and _chunk_rows(problem, plan, available) == 0:
+    if problem.rows and _chunk_rows(problem, plan, available - problem.held(plan)) == 0:
         rows = _least_rows(problem)
+        least = problem.held(plan) + problem.bytes(plan, rows, _least_cols(problem))
         return (
-            f"{plan} needs workspace_bytes >= {problem.bytes(plan, rows, _least_cols(problem))} to hold all "
+            f"{plan} needs workspace_bytes >= {least} to hold all "
             f"exponents of {rows} tokens (the longest {problem.coupling} has {problem.longest}); got "
             f"{available}"
         )
@@ -160,7 +188,9 @@ def choose(problem: Problem, plan: str = "auto", workspace_bytes: int | None = N
         reason = why_not(plan, problem, available)
         if reason is not None:
             raise ValueError(f"plan={plan!r} cannot serve this call: {reason}.")
-    return Plan(plan, *_sizes(plan, problem, available))
+    held = problem.held(plan)
+    apart = plan == "recompute" and held > available // 2  # a fifth pass costs less than small tiles
+    return Plan(plan, *_sizes(plan, problem, available - (0 if apart else held)), apart)
 
 
 def _sizes(plan: str, problem: Problem, available: int) -> tuple[int, int]:

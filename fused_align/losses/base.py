@@ -153,7 +153,9 @@ def _divisor(
                 f"align_loss: normalizer must be one number, the count of {loss.unit} over the optimizer "
                 f"step; got a tensor {list(normalizer.shape)}."
             )
-        return normalizer.detach().reshape(()).to(batch.target.device)
+        if normalizer.device.type != "cpu":  # reading it would stall the device
+            return normalizer.detach().reshape(()).to(batch.target.device)
+        normalizer = normalizer.item()
     if not normalizer > 0:
         raise ValueError(
             f"align_loss: normalizer must be positive, the count of {loss.unit}; got {normalizer}."
