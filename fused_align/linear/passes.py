@@ -27,9 +27,8 @@ from torch import Tensor
 
 from ..backends import torch_ as steps
 from ..backends.torch_ import LN2, LOG2E
-from .plan import GATHER_BYTES, Plan
+from .plan import GATHER_BYTES, HALF, Plan
 
-HALF = (torch.bfloat16, torch.float16)
 SHIFT = 58.0  # base 2; e^40.2
 LOWEST = -80.0  # logp below which Z leaves 2^-58 .. 2^58
 STEEP = 2.0**64  # the largest c / Z; |c| above 64 may exceed it where p is near 1
