@@ -203,6 +203,24 @@ def test_rows_beyond_the_budget_take_a_fifth_pass():
     many = problem(rows=80000, given=80001, hidden=896, vocab=151936, hidden_dtype=torch.bfloat16,
                    weight_dtype=torch.bfloat16, coupling=None)  # fmt: skip
     chosen = choose(many)
-    assert chosen.apart and chosen.rows * chosen.cols * 4 >= 8 << 20
+    assert chosen.apart and chosen.rows * chosen.cols * 4 >= 7 << 20
     assert not choose(replace(many, rows=8000)).apart
     assert not choose(replace(many, weight_dtype=torch.float32)).apart
+
+
+@pytest.mark.parametrize("lost", [1, 2, 5])
+def test_few_unlikely_rows_among_large_logits(lost: int):
+    """Sums of rows that are walked again fit the exponentials that the backward builds in whole chunks.
+
+    Else plans would differ by the rounding of logits of a thousand.
+    """
+    hidden, weight, target = operands(300, 64, 800, torch.float32)
+    target[lost:] = (hidden @ weight.T).argmax(1)[lost:]
+    grads = []
+    for plan in ("single", "recompute"):
+        x, w = (t.detach().clone().requires_grad_() for t in (hidden[None], weight))
+        fa.align_loss(x, w, fa.Batch(target[None]), fa.SFT(), logit_scale=300.0, plan=plan).loss.backward()
+        grads.append((x.grad, w.grad))
+    for got, want in zip(*grads, strict=True):
+        assert got is not None and want is not None
+        assert relative_errors(got, want.double())[0] < 1e-6

@@ -33,6 +33,10 @@ SHIFT = 58.0  # base 2; e^40.2
 LOWEST = -80.0  # logp below which Z leaves 2^-58 .. 2^58
 STEEP = 2.0**64  # the largest c / Z; |c| above 64 may exceed it where p is near 1
 
+# A GEMM of fewer rows may add in another order than that of a whole chunk. Where logits are large, the sums of
+# rows that were walked again by themselves would then not fit the E that the backward builds in whole chunks.
+FEW = 16
+
 Index = slice | Tensor  # rows of the flat hidden
 
 
@@ -210,6 +214,8 @@ class Walk:
         logp, _, _, _ = chunk.finish()
         lost = (~(logp >= LOWEST)).nonzero().squeeze(1)
         if lost.numel():
+            few = min(FEW, logp.numel())
+            lost = lost.repeat(-(-few // lost.numel()))[: max(few, lost.numel())]
             for index in lost.split(self.block):
                 self._redo(chunk, index, keep, product)
 

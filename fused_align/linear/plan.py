@@ -196,8 +196,6 @@ def choose(problem: Problem, plan: str = "auto", workspace_bytes: int | None = N
 def _sizes(plan: str, problem: Problem, available: int) -> tuple[int, int]:
     if plan in ("single", "window"):
         rows = max(_chunk_rows(problem, plan, available), 1)
-        if plan == "single":  # even chunks: a short last one wastes a pass over the weight
-            rows = -(-problem.rows // max(1, -(-problem.rows // rows)))
     else:
         rows = min(problem.rows, _most_rows(problem))
     rows = max(rows, 1)
@@ -209,7 +207,9 @@ def _sizes(plan: str, problem: Problem, available: int) -> tuple[int, int]:
             rows = max(MIN_ROWS, rows // 2)
         else:
             break
-    return rows, cols
+    if plan != "window":  # even chunks: a short last one wastes a pass over the weight
+        rows = -(-problem.rows // max(1, -(-problem.rows // rows)))
+    return max(rows, 1), cols
 
 
 def _chunk_rows(problem: Problem, plan: str, available: int) -> int:
