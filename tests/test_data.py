@@ -219,12 +219,39 @@ PAIR = {"prompt": "Q:", "chosen": "a", "rejected": "b"}
         ("unpaired", JUDGED, {"label": None}, "Row 1: label must be true or false.*got None"),
         ("unpaired", JUDGED, {"completion": None}, "Row 0: completion of this or a later row is null"),
         ("pair", PAIR, {"rejected": None}, "Row 1: rejected is null"),
+        ("pair", PAIR | {"margin": 1.0}, {"margin": None}, "Row 1: margin must be a finite number; got None"),
+        (
+            "pair",
+            PAIR | {"margin": 1.0},
+            {"margin": math.nan},
+            "Row 1: margin must be a finite number; got nan",
+        ),
         ("text", {"text": "abc"}, {"text": None}, "Row 1: text is null"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(kind, good, bad, message):
     with pytest.raises(ValueError, match=message):
         prepare([good, good | bad], kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "column"),
+    [("group", GROUP, "completions"), ("unpaired", JUDGED, "prompt"), ("pair", PAIR, "chosen")],
+)
+def test_nulls_wrapped_as_chats_are_named_all_the_same(kind, good, column):
+    rows = data.to_chat(Dataset.from_list([good, good | {column: None}]))
+    with pytest.raises(ValueError, match=f"Row 1: {column} is null"):
+        data.prepare(rows, kind, TOKENIZER)
+
+
+def test_an_empty_completion_is_learnt_as_its_end_of_sequence(caplog):
+    rows = [{"prompt": "Q:", "chosen": "", "rejected": "no"}]
+    assert split(prepare(rows, "pair")[0]) == [("Q:", "<eos>"), ("Q:", "no<eos>")]
+    chat = data.to_chat(Dataset.from_list(rows))
+    assert split(data.prepare(chat, "pair", TOKENIZER)[0])[0] == ("[u]Q:<eos> [a]", "<eos>")
+    with caplog.at_level(logging.WARNING, "fused_align"):
+        assert len(prepare([{"text": ""}, {"text": "ab"}], "text")) == 1
+    assert "or there is nothing to learn (no message after the prompt, or an empty text" in caplog.text
 
 
 def test_labels_may_be_numbers():

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 pytest.importorskip("vaderSentiment")
 pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
 
 import demo
 import tiny
@@ -215,9 +216,26 @@ def test_demo_reports_against_the_initial_model(finished: tuple[Path, int]) -> N
     assert status == (0 if demo.verdict(before, after, summary["held_out_pairs"]) is None else 1)
     assert summary["held_out_pairs"] == 12
     assert summary["seconds_per_step"] > 0
-    assert summary["bytes"]["used"] > 0
+    memory = summary["memory"]
+    assert memory["used"] > 0 and memory["workspace"] == demo.WORKSPACE_MIB * 2**20
+    assert memory["logits_of_positions"] == memory["positions"] * 98 * 4
+    assert memory["logits_of_live_tokens"] == memory["live_tokens"] * 98 * 4
+    assert memory["live_tokens"] < memory["positions"]
     samples = (folder / "out" / "samples.jsonl").read_text().splitlines()
     assert len(samples) == summary["sampled_texts"] == 6
+
+
+def test_demo_streams_its_pairs_through_the_workspace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that what is measured is streaming, and not only that prompts and padding are left out."""
+    monkeypatch.setattr(demo, "WORKSPACE_MIB", 16)
+    rows = Dataset.from_list([{"prompt": "Q", "chosen": "good " * 12, "rejected": "bad " * 9}] * 8)
+    model = tiny.model(vocab_size=20_000)
+    args = demo.config(tmp_path, 1, 0)
+    used = demo.memory(demo.AlignTrainer(model, args, rows, rows, tiny.tokenizer()))
+    assert used["live_tokens"] == 8 * (60 + 1 + 36 + 1)
+    assert used["logits_of_live_tokens"] > 50 * 2**20 > 17 * 2**20 > used["used"]
 
 
 def test_demo_exits_non_zero_where_nothing_was_learnt(
@@ -245,7 +263,8 @@ def test_demo_on_the_real_model_and_the_real_reviews(tmp_path: Path) -> None:
     assert demo.main(arguments) in (0, 1)  # two steps are too few to judge
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["after"]["margin"] > 0
-    assert summary["bytes"]["used"] < summary["bytes"]["full_logits"]
+    memory = summary["memory"]
+    assert memory["used"] < memory["logits_of_live_tokens"] < memory["logits_of_positions"]
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     texts = demo.sample(model, tokenizer, 2, seed=0)

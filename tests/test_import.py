@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 from setuptools import find_packages
 
 ROOT = Path(__file__).parents[1]
-TRAIN = ("transformers", "accelerate", "peft", "datasets", "rich", "tqdm", "matplotlib", "yaml")
-OPTIONAL = ("triton", "numpy", *TRAIN)
+TRAIN = ("transformers", "accelerate", "peft", "datasets", "tqdm", "yaml", "gguf")
+DEMO = ("matplotlib", "rich", "vaderSentiment")
+OPTIONAL = ("triton", "numpy", *TRAIN, *DEMO)
 CORE = ("fused_align", "fused_align.losses", "fused_align.linear", "fused_align.backends", "fused_align.env")
 
 
@@ -35,6 +37,21 @@ def test_every_module_imports() -> None:
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\nprint('imported')"
     done = python(code, *modules())
     assert (done.returncode, done.stdout.strip()) == (0, "imported"), done.stderr
+
+
+def test_extras_hold_what_their_code_imports() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {extra: {re.split(r"[^\w-]", wanted)[0] for wanted in extras[extra]} for extra in extras}
+    assert {"PyYAML" if name == "yaml" else name for name in TRAIN} == named["train"]
+    assert {*DEMO, "fused-align"} == named["demo"]
+
+
+def test_the_trainer_imports_without_what_the_demo_needs() -> None:
+    pytest.importorskip("transformers")
+    code = "import sys\nsys.modules.update(dict.fromkeys(sys.argv[1:]))\nimport fused_align.train.cli"
+    done = python(code, *DEMO)
+    assert done.returncode == 0, done.stderr
 
 
 def test_core_imports_with_torch_alone() -> None:
@@ -62,7 +79,7 @@ def test_import_is_light() -> None:
         "import fused_align\n"
         "print(sorted((set(sys.modules) - before) & set(sys.argv[1:])))\n"
     )
-    done = python(code, "triton", *TRAIN)
+    done = python(code, "triton", *TRAIN, *DEMO)
     assert done.stdout.strip() == "[]", done.stderr
 
 

@@ -235,6 +235,7 @@ def test_unwrapping_after_mixed_precision_leaves_the_attachment_on():
     tokens, mask, labels = batch_of_tokens()
     request = AlignRequest(target=fa.Batch.from_labels(labels).target)
     expected = model(input_ids=tokens, attention_mask=mask, align=request)
+    accelerate.state.AcceleratorState._reset_state()  # of whatever ran in this process before
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
     mixed = vars(model)["forward"]

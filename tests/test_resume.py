@@ -91,6 +91,50 @@ def test_resuming_without_its_files_or_with_other_data_is_refused(tmp_path):
         trainer(tmp_path, humanline=True, **settings).train(resume_from_checkpoint=checkpoint)
 
 
+def test_a_run_in_another_folder_takes_the_tables_along(tmp_path):
+    """Those beside the checkpoint count, not those that some other run left in the new folder."""
+    settings: dict[str, Any] = {"held_out": tiny.pairs(4), "save_strategy": "steps", "save_steps": 2}
+    whole = trainer(tmp_path / "one", **settings)
+    whole.train()
+    trainer(tmp_path / "two", tiny.model(7), **settings).train()
+    for folder in ("two", "three"):  # with another run's tables, and empty
+        moved = trainer(tmp_path / folder, tiny.model(5), **settings)
+        moved.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2"))
+        assert logged(moved) == logged(whole)
+        assert moved.evaluate()["eval_rewards/margins"] == whole.evaluate()["eval_rewards/margins"] != 0.0
+        stored = {run: tables(tmp_path / run) for run in ("one", folder)}
+        assert stored["one"] == stored[folder] and len(stored["one"]) == 2
+    again = trainer(tmp_path / "three", tiny.model(5), max_steps=6, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert logged(again)[:4] == logged(whole) and tables(tmp_path / "three") == tables(tmp_path / "one")
+
+
+def test_a_new_run_removes_the_tables_of_the_last_one(tmp_path):
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, held_out=tiny.pairs(4), **settings).train()
+    assert tables(tmp_path).keys() == {"train", "eval"}
+    trainer(tmp_path, tiny.model(7), **settings).train()
+    assert tables(tmp_path).keys() == {"train"}
+    again = trainer(tmp_path, tiny.model(7), held_out=tiny.pairs(4), **settings)
+    with pytest.raises(ValueError, match=r"eval\.safetensors is missing"):  # and not those of model 0
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert tables(tmp_path).keys() == {"train"}
+    trainer(tmp_path, loss="sft", **settings).train()
+    assert tables(tmp_path) == {}
+
+
+def test_a_resumed_run_keeps_the_tables_that_it_does_not_read(tmp_path):
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, held_out=tiny.pairs(4), **settings).train()
+    stored = tables(tmp_path)
+    trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert tables(tmp_path) == stored
+
+
+def tables(folder: Path) -> dict[str, bytes]:
+    return {path.stem: path.read_bytes() for path in (folder / "reference").glob("*.safetensors")}
+
+
 def test_evaluating_later_does_not_overwrite_what_a_resumed_run_reads(tmp_path):
     settings: dict[str, Any] = {"held_out": tiny.pairs(4), "save_strategy": "steps", "save_steps": 2}
     first = trainer(tmp_path, **settings)

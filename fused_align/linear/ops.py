@@ -88,6 +88,10 @@ def _per_row(temperature: Tensor | None, scalar: float, index: Index) -> float |
     return scalar if temperature is None else temperature[index]
 
 
+def _rows_of(vector: Tensor | None, index: Index) -> Tensor | None:  # [M] -> [r]
+    return None if vector is None else vector[index]
+
+
 @torch.library.custom_op("fused_align::linear_logp_forward", mutates_args=())
 def _forward(
     hidden: Tensor,  # [M, H]
@@ -144,8 +148,9 @@ def _forward(
             if safe is not y:
                 value = torch.where(safe[place] == y[place], value, torch.nan)
             logp[rows], lse[rows] = value.to(work), lse_rows.to(work)
-            for kept, vector in zip(state, (chunk.z, chunk.ref, chunk.total, chunk.slope), strict=False):
-                kept[rows] = vector
+            state[0, rows], state[1, rows], state[2, rows] = chunk.z, chunk.ref, chunk.total
+            if chunk.slope is not None:
+                state[3, rows] = chunk.slope
             if entropy:
                 entropies[rows] = chunk.entropy().to(work)
             if part is not None:
@@ -214,9 +219,11 @@ def _backward(
     def reload(rows: Index, place: slice) -> tuple[Chunk, Coefficients]:
         temper = _per_row(temperature, scalar_temperature, rows)
         chunk = load(head, hidden, rows, y[place], temper, saved=state[:, rows])
-        found = [None if given is None else given[rows] for given in (dlogp, dlse, dentropy)]
-        chunk.tame(torch.stack([c.abs() for c in found if c is not None]).sum(0))
-        return chunk, coefficients(chunk, *found, entropy=None if dentropy is None else entropy[rows])
+        c, c_lse, c_entropy = dlogp[rows], _rows_of(dlse, rows), _rows_of(dentropy, rows)
+        chunk.tame(sum((extra.abs() for extra in (c_lse, c_entropy) if extra is not None), c.abs()))
+        return chunk, coefficients(
+            chunk, c, c_lse, c_entropy, entropy[rows] if c_entropy is not None else None
+        )
 
     def body(walk: Walk) -> None:
         parts = chunked(index, chosen.rows)

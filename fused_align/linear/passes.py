@@ -33,8 +33,8 @@ SHIFT = 58.0  # base 2; e^40.2
 LOWEST = -80.0  # logp below which Z leaves 2^-58 .. 2^58
 STEEP = 2.0**64  # the largest c / Z; |c| above 64 may exceed it where p is near 1
 
-# A GEMM of fewer rows may add in another order than that of a whole chunk. Where logits are large, the sums of
-# rows that were walked again by themselves would then not fit the E that the backward builds in whole chunks.
+# A GEMM of fewer rows may add in another order than that of a whole chunk. Where logits are large, the sums
+# of rows walked again by themselves would then not fit the E that the backward builds in whole chunks.
 FEW = 16
 
 Index = slice | Tensor  # rows of the flat hidden

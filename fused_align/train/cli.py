@@ -12,20 +12,24 @@ import dataclasses
 import re
 import sys
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
+from datasets.exceptions import DatasetsError
 from transformers import HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
 
-from .config import AlignConfig, DataConfig, ModelConfig, near
+from .config import SWITCHES, AlignConfig, DataConfig, ModelConfig, near, typed
 from .data import load_data
 from .model import load_model
 from .trainer import AlignTrainer
 
 SECTIONS = (ModelConfig, DataConfig, AlignConfig)
 FLOAT = "tag:yaml.org,2002:float"
-SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+SWITCHED_TOO = ("humanline", "resume_from_checkpoint")  # true, false, or something else
+
+# What wrong settings raise before training begins: ours, and those of transformers, peft and datasets.
+USER_ERRORS = (ValueError, NotImplementedError, ImportError, OSError, DatasetsError)
 
 
 class ConfigError(ValueError):
@@ -65,18 +69,27 @@ def main(argv: list[str] | None = None) -> int:
         "train", help=help_train, description=help_train, epilog=_fields(), formatter_class=_Help
     )
     train_parser.add_argument("config", type=Path, help="the YAML file")
-    known, overrides = parser.parse_known_args(argv)
+    groups = _groups(sys.argv[1:] if argv is None else argv)
+    groups.sort(key=lambda group: group[0].startswith("-"))  # the file may stand behind the settings
+    known, overrides = parser.parse_known_args([word for group in groups for word in group])
     try:
-        settings = parse(read(known.config) | {}, overrides)
-    except (ConfigError, ValueError, TypeError) as error:
-        print(f"fused-align: {error}", file=sys.stderr)
+        trainer = set_up(*parse(read(known.config), overrides))
+    except USER_ERRORS as error:
+        print(f"fused-align: {_sentence(error)}", file=sys.stderr)
         return 2
-    train(*settings)
+    finish(trainer)
     return 0
 
 
 def train(model_config: ModelConfig, data_config: DataConfig, args: AlignConfig) -> dict[str, float]:
     """Loads, trains (or resumes), saves the model to output_dir, and returns the final metrics."""
+    return finish(set_up(model_config, data_config, args))
+
+
+def set_up(model_config: ModelConfig, data_config: DataConfig, args: AlignConfig) -> AlignTrainer:
+    """The trainer, with its data and its model: what can be wrong with the settings shows here."""
+    _check_checkpoint(args)
+    rows, held_out = load_data(data_config)
     model, tokenizer = load_model(
         model_config.model_name_or_path,
         dtype=model_config.dtype,
@@ -84,13 +97,16 @@ def train(model_config: ModelConfig, data_config: DataConfig, args: AlignConfig)
         attn_implementation=model_config.attn_implementation,
         trust_remote_code=model_config.trust_remote_code,
     )
-    rows, held_out = load_data(data_config)
-    trainer = AlignTrainer(model, args, rows, held_out, tokenizer, peft_config=model_config.peft_config())
-    metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    return AlignTrainer(model, args, rows, held_out, tokenizer, peft_config=model_config.peft_config())
+
+
+def finish(trainer: AlignTrainer) -> dict[str, float]:
+    """Trains, saves and, where there is a held-out set, evaluates."""
+    metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", metrics)
-    if held_out is not None:
+    if trainer.held_out:
         found = trainer.evaluate()
         trainer.log_metrics("eval", found)
         trainer.save_metrics("eval", found)
@@ -98,10 +114,29 @@ def train(model_config: ModelConfig, data_config: DataConfig, args: AlignConfig)
     return metrics
 
 
+def _check_checkpoint(args: AlignConfig) -> None:
+    wanted, folder = args.resume_from_checkpoint, str(args.output_dir)
+    if wanted is True and not (Path(folder).is_dir() and get_last_checkpoint(folder)):
+        raise ConfigError(f"resume_from_checkpoint is true, and {folder} holds no checkpoint to go on from.")
+    if wanted and wanted is not True and not Path(wanted).is_dir():
+        raise ConfigError(
+            f"resume_from_checkpoint must be a checkpoint's folder, or true for the last one in output_dir; "
+            f"there is no folder {wanted}."
+        )
+
+
+def _sentence(error: BaseException) -> str:
+    """The error's text, and its cause's where that is a library's: datasets says there what was wrong."""
+    cause = error.__cause__ if isinstance(error, DatasetsError) else None
+    return f"{error}" if cause is None else f"{error} {cause}"
+
+
 def read(path: Path) -> dict[str, Any]:
     """The YAML file as a dict."""
     if not path.is_file():
-        raise ConfigError(f"there is no file {path}.")
+        raise ConfigError(
+            f"there is no file {path}. Name the YAML file: fused-align train CONFIG.yaml --field value."
+        )
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
     except yaml.YAMLError as error:
@@ -133,44 +168,44 @@ def parse(values: dict[str, Any], overrides: list[str]) -> tuple[ModelConfig, Da
     for required in ("model_name_or_path", "dataset"):
         if not values.get(required):
             raise ConfigError(f"{required} is not set; name it in the file or with --{required}.")
-    if str(values.get("resume_from_checkpoint", "")).lower() in ("true", "false"):
-        values["resume_from_checkpoint"] = str(values["resume_from_checkpoint"]).lower() == "true"
-    values = _typed(values)
-    sections: Any = HfArgumentParser(list(SECTIONS)).parse_dict(values)
+    sections: Any = HfArgumentParser(list(SECTIONS)).parse_dict(_typed(values))
     return sections
 
 
 def _typed(values: dict[str, Any]) -> dict[str, Any]:
-    """yes, no, on, off as booleans where one is expected; HfArgumentParser would take "no" for true."""
+    """Each value as its field's type has it; HfArgumentParser takes "no" for true and "high" for a rate."""
     hints = {name: hint for section in SECTIONS for name, hint in get_type_hints(section).items()}
-    typed = dict(values)
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        kinds = set(get_args(hints[name]) or (hints[name],))
-        if kinds - {NoneType} == {bool} and not isinstance(value, bool):
-            switch = SWITCHES.get(value.lower()) if isinstance(value, str) else None
-            if switch is None and (value is not None or NoneType not in kinds):
-                raise ConfigError(f"{name} must be true or false (or yes, no, on, off); got {value!r}.")
-            typed[name] = switch
-        if kinds - {NoneType} == {int} and (
-            isinstance(value, bool) or not isinstance(value, (int, NoneType))
-        ):
-            raise ConfigError(f"{name} must be a whole number, written without a point; got {value!r}.")
-    return typed
+        if name in SWITCHED_TOO:
+            found[name] = SWITCHES.get(value.lower(), value) if isinstance(value, str) else value
+        else:
+            found[name] = typed(name, value, hints[name])
+    return found
 
 
-def _overrides(arguments: list[str]) -> list[tuple[str, Any]]:
+def _groups(words: list[str]) -> list[list[str]]:
+    """Each --field with the value that follows it, and each word that belongs to none."""
+    groups: list[list[str]] = []
+    for word in words:
+        last = groups[-1] if groups else [""]
+        if last[0].startswith("--") and "=" not in last[0] and len(last) == 1 and not word.startswith("--"):
+            last.append(word)
+        else:
+            groups.append([word])
+    return groups
+
+
+def _overrides(words: list[str]) -> list[tuple[str, Any]]:
     """--name value, --name=value, and --name alone for true, as pairs; values are YAML."""
     found: list[tuple[str, Any]] = []
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
+    for word, *value in _groups(words):
         if not word.startswith("--"):
             raise ConfigError(
                 f"expected --field value; got {word!r}. Quote values with spaces: --humanline '[-1.5, 1.5]'."
             )
         name, equals, text = word[2:].partition("=")
-        if not equals:
-            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        text = text if equals else (*value, "true")[0]
         try:
             found.append((name.replace("-", "_"), yaml.load(text, _Loader)))  # noqa: S506  (a SafeLoader)
         except yaml.YAMLError as error:

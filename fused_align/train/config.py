@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
 import fused_align as fa
+from fused_align.backends import pick
+from fused_align.linear.plan import check_plan
+
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 @dataclass
@@ -85,6 +90,7 @@ class AlignConfig(TrainingArguments):
             raise ValueError(
                 f'AlignConfig: scale_rewards must be "group" or "none"; got {self.scale_rewards!r}.'
             )
+        self._check_call_options()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns about it
         made = self.make_loss()
@@ -94,8 +100,29 @@ class AlignConfig(TrainingArguments):
                 "Drop humanline or choose another loss."
             )
 
+    def _check_call_options(self) -> None:
+        """Before a model is loaded, and not in the first step."""
+        try:
+            check_plan(self.plan)
+            pick(self.backend, self.device)
+        except (ValueError, RuntimeError) as error:  # a RuntimeError where a backend cannot run here
+            raise ValueError(f"AlignConfig: {error}") from error
+        if self.precision not in ("high", "bf16"):
+            raise ValueError(f'AlignConfig: precision must be "high" or "bf16"; got {self.precision!r}.')
+        workspace = typed("AlignConfig: workspace_mib", self.workspace_mib, float | None)
+        if workspace is not None and not 0 < workspace < float("inf"):
+            raise ValueError(
+                "AlignConfig: workspace_mib must be above 0, or null for the device's default; got "
+                f"{workspace}."
+            )
+        self.workspace_mib = workspace
+
     def make_loss(self) -> fa.Loss:
-        """The loss that `loss` and `loss_args` describe. Raises ValueError for an unknown name or field."""
+        """The loss that `loss` and `loss_args` describe.
+
+        Raises:
+            ValueError: an unknown name or field, or a value that is not of the field's type.
+        """
         known = fa.Loss.registry
         if self.loss not in known:
             raise ValueError(
@@ -106,14 +133,16 @@ class AlignConfig(TrainingArguments):
             raise ValueError(
                 f"AlignConfig: loss_args must map fields of {cls.__name__} to values; got {given!r}."
             )
-        fields = {f.name for f in dataclasses.fields(cls) if f.init}
+        fields, hints = {f.name for f in dataclasses.fields(cls) if f.init}, get_type_hints(cls)
         for name in given:
             if name not in fields:
                 raise ValueError(
                     f"AlignConfig: {cls.__name__} has no field {name!r}; it has "
                     f"{sorted(fields)}{near(name, fields)}"
                 )
-        return cls(**given)
+        return cls(
+            **{name: typed(f"AlignConfig: loss_args.{name}", x, hints[name]) for name, x in given.items()}
+        )
 
     def make_humanline(self) -> fa.Humanline | None:
         """None where the clip is off. Raises ValueError for anything but null, true, false or [low, high]."""
@@ -123,7 +152,9 @@ class AlignConfig(TrainingArguments):
         if value is True:
             return fa.Humanline()
         if isinstance(value, (list, tuple)) and len(value) == 2:
-            return fa.Humanline(float(value[0]), float(value[1]))
+            return fa.Humanline(
+                *(typed("AlignConfig: a bound of humanline", bound, float) for bound in value)
+            )
         raise ValueError(f"AlignConfig: humanline must be null, true, or [low, high] in nats; got {value!r}.")
 
     def make_schedule(self) -> fa.SyncSchedule | None:
@@ -176,6 +207,7 @@ class ModelConfig:
             r=self.lora_r,
             lora_alpha=self.lora_alpha,  # pyright: ignore[reportArgumentType]  (peft takes floats too)
             lora_dropout=self.lora_dropout,
+            revision=self.model_revision,  # of the base, for those who load the adapter
             target_modules=self.lora_target_modules,
         )
 
@@ -205,7 +237,37 @@ class DataConfig:
     )
 
 
-def near(name: str, known: Any) -> str:
+EXPECTED = {
+    bool: "true or false (or yes, no, on, off)",
+    int: "a whole number, written without a point",
+    float: "a number",
+    str: "text; put what looks like a number into quotes",
+}
+
+
+def typed(name: str, value: Any, hint: Any) -> Any:
+    """The value as a setting of that type: yes, no, on, off as booleans, text that is a number as a float.
+
+    Only bool, int, float and str, each with or without None, are looked at. Raises ValueError.
+    """
+    kinds = set(get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))
+    kind: Any = next(iter(kinds - {NoneType})) if len(kinds - {NoneType}) == 1 else None
+    if kind not in EXPECTED or value is None and NoneType in kinds:
+        return value
+    if kind is bool and isinstance(value, str) and value.lower() in SWITCHES:
+        return SWITCHES[value.lower()]
+    if kind is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass  # said below
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or isinstance(value, bool) and kind is not bool:
+        raise ValueError(f"{name} must be {EXPECTED[kind]}; got {value!r}.")
+    return value
+
+
+def near(name: Any, known: Any) -> str:
     """The end of a sentence that names the closest known name, if one is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(str(name), list(known), n=1)
     return f". Did you mean {close[0]!r}?" if close else "."

@@ -92,7 +92,10 @@ def _load(name: str, config: str | None, split: str) -> datasets.Dataset:
 
 
 def to_chat(dataset: datasets.Dataset) -> datasets.Dataset:
-    """Plain strings as messages: prompts of the user, completions of the assistant."""
+    """Plain strings as messages: prompts of the user, completions of the assistant.
+
+    Anything else stays as it is, nulls too: `prepare` names their rows.
+    """
 
     def message(role: str, content: Any) -> Any:
         return [{"role": role, "content": content}] if isinstance(content, str) else content
@@ -104,7 +107,7 @@ def to_chat(dataset: datasets.Dataset) -> datasets.Dataset:
                 wrapped[column] = message("user", value)
             elif column in ("completion", "chosen", "rejected"):
                 wrapped[column] = message("assistant", value)
-            elif column == "completions":
+            elif column == "completions" and value is not None:
                 wrapped[column] = [message("assistant", one) for one in value]
         return wrapped
 
@@ -125,12 +128,14 @@ def prepare(
     """Rows as examples: columns input_ids, prompt_lengths, index, length, and margin | label | advantages.
 
     A sequence longer than max_length loses the end of its completion. The prompt is never cut: a row whose
-    prompt leaves no room for a single completion token, or whose completion is empty, is left out (and
-    counted in the log). index numbers the rows that stay.
+    prompt leaves no room for a single completion token is left out, and so is one with nothing to learn: a
+    chat without a message after its prompt, an empty text without a prompt (both are counted in the log). An
+    empty completion of a prompt is learnt as the end-of-sequence token that it consists of. index numbers
+    the rows that stay.
 
     Raises:
         ValueError: the data set lacks the columns of `kind`, has no usable row, or a row with a null text, a
-            label that is not 0 or 1, or a reward that is not a finite number (the row is named).
+            label that is not 0 or 1, or a reward or margin that is not a finite number (the row is named).
     """
     columns = _columns(dataset, kind)
     if kind == "unpaired":
@@ -148,7 +153,8 @@ def prepare(
     examples = examples.filter(lambda lengths: len(lengths) > 0, input_columns="prompt_lengths")
     if len(examples) < len(dataset):
         logger.warning(
-            "%d of %d rows left out: the prompt alone fills max_length=%s, or a completion is empty.",
+            "%d of %d rows left out: the prompt alone fills max_length=%s, or there is nothing to learn (no "
+            "message after the prompt, or an empty text without one).",
             len(dataset) - len(examples),
             len(dataset),
             max_length,
@@ -232,6 +238,11 @@ def _check_row(row: dict[str, Any], number: int, columns: tuple[str, ...]) -> No
             f"Row {number}: label must be true or false (or 1, 0), whether the completion is desirable; got "
             f"{row['label']!r}."
         )
+    if "chosen" in columns and not _finite(row.get("margin", 0.0)):
+        raise ValueError(
+            f"Row {number}: margin must be a finite number; got {row['margin']!r}. Fill it in, or drop the "
+            "column."
+        )
     if "rewards" not in columns:
         return
     completions, rewards = row["completions"], row["rewards"] or []
@@ -240,11 +251,15 @@ def _check_row(row: dict[str, Any], number: int, columns: tuple[str, ...]) -> No
             f"Row {number}: a group needs one reward per completion; got {len(completions)} completions and "
             f"{len(rewards)} rewards."
         )
-    if not all(isinstance(reward, (int, float)) and math.isfinite(reward) for reward in rewards):
+    if not all(map(_finite, rewards)):
         raise ValueError(
             f"Row {number}: rewards must be finite numbers, or the advantages of the whole group are lost; "
             f"got {rewards}."
         )
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _prompt_and_completions(

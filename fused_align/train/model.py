@@ -1,4 +1,4 @@
-"""Loading the model to train: a hub name, a folder, a GGUF file, or a file inside an installed package."""
+"""Loading the model to train: from the hub, a folder, a GGUF file, a Python package; or by its adapter."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 PACKAGE = "package:"
 
@@ -29,10 +31,13 @@ def load_model(
     """A causal language model in `dtype`, ready to train and to save, and its tokenizer.
 
     name_or_path: a hub name, a folder, a .gguf file, or package:NAME/FILE, a file that the installed Python
-    package NAME ships (found without importing the package). GGUF weights are dequantised.
+    package NAME ships (found without importing the package). GGUF weights are dequantised. What holds an
+    adapter (adapter_config.json) is loaded as its base, in any of these forms, with the adapter merged into
+    it: a whole model, which can be trained as it is or with a fresh adapter on top.
 
     Raises:
-        ValueError: an unknown dtype; a package or a file that is not there.
+        ValueError: an unknown dtype; a package or a file that is not there; an adapter without a base, or of
+            a kind that cannot be merged.
     """
     path = resolve(name_or_path)
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
@@ -40,14 +45,46 @@ def load_model(
     if attn_implementation is not None:
         load["attn_implementation"] = attn_implementation
     if not path.endswith(".gguf"):
+        if find_adapter_config_file(path, revision=options["revision"]) is not None:
+            return _merged(path, options, dtype=dtype, attn_implementation=attn_implementation)
         return AutoModelForCausalLM.from_pretrained(path, **load), tokenizer_of(path, options)
     if not Path(path).is_file():
         raise ValueError(f"load_model: there is no GGUF file {path}.")
     folder, file = str(Path(path).parent), {"gguf_file": Path(path).name}
     quantised = AutoModelForCausalLM.from_pretrained(folder, **load, **file)
-    model = _without_quantisation(quantised)
-    model.config._name_or_path = name_or_path  # an adapter writes down what it belongs to
+    model = _named(_without_quantisation(quantised), name_or_path)
     return model, tokenizer_of(folder, options | file)
+
+
+def _merged(
+    path: str, options: dict[str, Any], **load: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base of the adapter in `path`, with the adapter merged into its weights."""
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(path, revision=options["revision"])
+    base = config.base_model_name_or_path
+    if not base or Path(resolve(base)).resolve() == Path(path).resolve():
+        raise ValueError(
+            f"load_model: {path} holds an adapter, and its adapter_config.json names {base!r} as the base. "
+            "Set base_model_name_or_path there to the model that it was trained on, in a folder of its own."
+        )
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"load_model: {path} holds an adapter of virtual tokens ({type(config).__name__}), which cannot "
+            "be merged into the weights. Load it with peft."
+        )
+    model, tokenizer = load_model(
+        base, revision=config.revision, trust_remote_code=options["trust_remote_code"], **load
+    )
+    adapted: Any = PeftModel.from_pretrained(model, path, revision=options["revision"])
+    # peft had frozen the base; and a fresh adapter belongs to the merged model
+    model = _named(adapted.merge_and_unload().requires_grad_(True), path)
+    try:
+        cached_file(path, "tokenizer_config.json", revision=options["revision"])
+    except OSError:  # it has none of its own
+        return model, tokenizer
+    return model, tokenizer_of(path, options)
 
 
 def tokenizer_of(path: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
@@ -89,6 +126,12 @@ def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if dtype not in known:
         raise ValueError(f'load_model: dtype must be "auto" or one of {sorted(known)}; got {dtype!r}.')
     return known[dtype]
+
+
+def _named(model: PreTrainedModel, name_or_path: str) -> PreTrainedModel:
+    """The model under the name that an adapter of it writes down as its base: peft reads the attribute."""
+    model.config._name_or_path = model.name_or_path = name_or_path
+    return model
 
 
 def _without_quantisation(model: PreTrainedModel) -> PreTrainedModel:

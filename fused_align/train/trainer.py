@@ -11,6 +11,7 @@ evaluation_loop      the whole held-out set at once, against the initial model
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, set_seed
@@ -28,7 +28,7 @@ import fused_align as fa
 from fused_align.losses.base import Objective
 
 from ..integrations.transformers import AlignRequest, attach
-from . import data
+from . import checks, data
 from .config import AlignConfig
 from .reference import MODEL_INPUTS, ScoreTable, SyncedReference, score, score_examples
 
@@ -52,6 +52,7 @@ class AlignTrainer(Trainer):
     averaged over batches, with the initial model as the reference.
 
     Raises:
+        TypeError: a model or args of another kind.
         ValueError, NotImplementedError: a setting or a model that cannot be trained this way, in a sentence.
     """
 
@@ -71,14 +72,20 @@ class AlignTrainer(Trainer):
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        _check(model, args, processing_class)
-        _check_inputs(peft_config, train_dataset, eval_dataset)
+        checks.arguments(args, processing_class)
+        checks.model(model)
+        checks.adapter(peft_config)
+        checks.datasets(train_dataset, eval_dataset)
         set_seed(args.seed)  # before a fresh adapter is drawn
         if peft_config is not None:
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportAssignmentType]
         attach(model)
+        if peft_config is not None:
+            checks.adapted(model)
+        if train_dataset is not None:
+            checks.trainable(model)
         self.loss = args.make_loss()
         self.humanline, self.schedule = args.make_humanline(), args.make_schedule()
         self.kind = data.kind_of(self.loss)
@@ -116,10 +123,10 @@ class AlignTrainer(Trainer):
             self.held_out = {f"eval_{name}": rows for name, rows in held_out.items()}
         self.reference = None if self.schedule is None else SyncedReference(self.model)
         self.tables: dict[str, ScoreTable] = {}  # log-probs under the initial model, by data set
-        self.resuming = False
+        self.resumed_from: Path | None = None  # the folder of the tables that a resumed run reads
         self._metrics: dict[str, Tensor] = {}  # [2] each, since the last log: the sum, and of how many
         self._steps_since_log = 0
-        self.add_callback(ScoreInitialModel(self))
+        self.add_callback(Begin(self))
         if self.reference is not None:
             self.add_callback(FollowPolicy(self))
         if not args.disable_tqdm:
@@ -132,6 +139,7 @@ class AlignTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, float | Tensor | None]:
         """The micro-batches of a step, complete, and how many of loss.unit they and all ranks have."""
+        self._optimizer_mode("train")  # here already: the policy is scored with the weights that are trained
         micro_batches: list[dict[str, Any]] = [
             self._prepare_inputs(inputs) for inputs in islice(epoch_iterator, num_batches)
         ]
@@ -167,11 +175,18 @@ class AlignTrainer(Trainer):
         )
         output = model(**{name: inputs[name] for name in MODEL_INPUTS}, align=request)
         for name, value in output.metrics.items():
-            measured = ~value.isnan()
+            # NaN where the loss is finite: this micro-batch has nothing of the kind. Else the run diverges
+            measured = ~(value.isnan() & output.loss.isfinite())
             entry = torch.stack([torch.where(measured, value, 0.0).float(), measured.float()])
             self._metrics[name] = self._metrics.get(name, 0.0) + entry
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
+
+    def _optimizer_mode(self, mode: str) -> None:
+        """Schedule-free optimizers keep two sets of weights: those that are trained, and their average."""
+        switch = getattr(self.optimizer, mode, None)
+        if callable(switch):
+            switch()
 
     def _prepare_input(self, data: Any) -> Any:
         """To the device. Under DeepSpeed, Trainer would also round log-probs and advantages to 16 bits."""
@@ -209,8 +224,8 @@ class AlignTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As Trainer.train. A resumed run is measured against the model that the first run began with."""
-        self.resuming = bool(resume_from_checkpoint)
-        if self.resuming and not hasattr(self.model, "disable_adapter"):
+        self.resumed_from = self._find_tables(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self.resumed_from is not None and not hasattr(self.model, "disable_adapter"):
             self.tables = {}  # what evaluate() scored is this process's model, not the one the run began with
         return super().train(resume_from_checkpoint, **kwargs)
 
@@ -218,11 +233,11 @@ class AlignTrainer(Trainer):
         """Log-probs of the data set under the initial model: computed once, or read by a resumed run."""
         if name in self.tables:
             return self.tables[name]
-        path, fingerprint = self._table_path(name), data.fingerprint(dataset)
-        if self.resuming and path.is_file():
+        path, fingerprint = _table(self.resumed_from or self.tables_folder, name), data.fingerprint(dataset)
+        if self.resumed_from is not None and path.is_file():
             self.tables[name] = ScoreTable.load(path, fingerprint)
             return self.tables[name]
-        moved = self.resuming or self.state.global_step > 0
+        moved = self.resumed_from is not None or self.state.global_step > 0
         if moved and not hasattr(self.model, "disable_adapter"):
             raise ValueError(
                 f"AlignTrainer: the initial model's log-probs of {name} are needed, and its weights are "
@@ -234,13 +249,27 @@ class AlignTrainer(Trainer):
         return self.tables[name]
 
     def save_initial_scores(self) -> None:
-        """Writes them beside the checkpoints; only training does, or evaluating a trained model would."""
-        if self.args.should_save and not self.resuming:
-            for name, table in self.tables.items():
-                table.save(self._table_path(name))
+        """Writes them beside the checkpoints, in the place of another run's.
 
-    def _table_path(self, name: str) -> Path:
-        return Path(str(self.args.output_dir)) / "reference" / f"{name}.safetensors"
+        Only training does, or evaluating a trained model would; and not a run that goes on in its own folder.
+        """
+        if not self.args.should_save or self.resumed_from == self.tables_folder:
+            return
+        for path in self.tables_folder.glob(_table(Path(), "*").name):
+            path.unlink(missing_ok=True)  # save_on_each_node: another node may have been first
+        for name, table in self.tables.items():
+            table.save(_table(self.tables_folder, name))
+
+    @property
+    def tables_folder(self) -> Path:
+        return Path(str(self.args.output_dir)).resolve() / "reference"
+
+    def _find_tables(self, checkpoint: str | bool) -> Path:
+        """Beside the checkpoint, which may lie in another run's folder; else in the folder of this run."""
+        if isinstance(checkpoint, bool):  # the last one of this run
+            return self.tables_folder
+        beside = Path(checkpoint).resolve().parent / "reference"
+        return beside if beside.is_dir() else self.tables_folder
 
     def _score_all(self, who: str, dataset: Dataset, title: str) -> ScoreTable:
         # where a forward is a collective, all ranks must make the same number of them
@@ -264,6 +293,13 @@ class AlignTrainer(Trainer):
 
     # ---- checkpoints -------------------------------------------------------------------------------------
 
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            # peft looks into the base's config.json, whether the vocabulary was resized, which is not done
+            # here; a base that is a GGUF file or an adapter has no such file
+            warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
+            super()._save(*args, **kwargs)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.reference is not None and self.args.should_save:
@@ -277,26 +313,32 @@ class AlignTrainer(Trainer):
     # ---- what is reported --------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the metrics gathered since the last log of the training loss."""
-        if "loss" in logs:
+        """Adds the metrics gathered since the last log of the training loss; train()'s summary is one too."""
+        if "loss" in logs or "train_loss" in logs:
             logs.update(self._drain_metrics())
         super().log(logs, start_time)
 
     def _drain_metrics(self) -> dict[str, float]:
-        """Means over micro-batches and ranks; tokens/*: sums per optimizer step. NaN: nothing to measure."""
+        """Means over micro-batches and ranks; tokens/*: sums per optimizer step.
+
+        NaN: there was nothing to measure, or a micro-batch's loss was not finite.
+        """
         names = sorted(self._metrics)
         if not names:
             return {}
-        totals, counts = torch.stack([self._metrics[name] for name in names]).unbind(1)
-        values = totals / counts
-        gathered = self.accelerator.gather(torch.stack([values, totals])[None])  # [ranks, 2, names]
-        steps, self._steps_since_log = max(self._steps_since_log, 1), 0
-        self._metrics = {}
-        means, sums = gathered[:, 0].nanmean(0).tolist(), (gathered[:, 1].sum(0) / steps).tolist()
+        gathered: Any = self.accelerator.gather(torch.stack([self._metrics[name] for name in names])[None])
+        totals, counts = gathered.sum(0).unbind(1)  # of [ranks, names, 2]
+        steps = max(self._steps_since_log, 1)
+        self.forget_metrics()
+        means, sums = (totals / counts).tolist(), (totals / steps).tolist()
         return {
             name: total if name.startswith("tokens/") else mean
             for name, mean, total in zip(names, means, sums, strict=True)
         }
+
+    def forget_metrics(self) -> None:
+        """Those of a run that was broken off are not the next one's."""
+        self._metrics, self._steps_since_log = {}, 0
 
     def evaluation_loop(
         self,
@@ -316,6 +358,7 @@ class AlignTrainer(Trainer):
                 "a dict if need be."
             )
         self._place_for_evaluation()
+        self._optimizer_mode("eval")  # as Trainer's own loop; training_step switches back
         initial = self.initial_scores(name, dataset) if self.loss.anchor is not None else None
         metrics = self._measure(dataset, self._score_all("policy", dataset, "Evaluating"), initial)
         prefixed = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
@@ -360,17 +403,16 @@ class AlignTrainer(Trainer):
 # ---- callbacks -------------------------------------------------------------------------------------------
 
 
-class ScoreInitialModel(TrainerCallback):
-    """Before the first step: stores the initial model's log-probs of the sets that need them."""
+class Begin(TrainerCallback):
+    """Before the first step: empty metrics, and the initial model's log-probs of the sets that need them."""
 
     def __init__(self, trainer: AlignTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        if trainer.loss.anchor is None:
-            return
-        for name, dataset in trainer.held_out.items():
+        trainer.forget_metrics()
+        for name, dataset in trainer.held_out.items() if trainer.loss.anchor is not None else ():
             trainer.initial_scores(name, dataset)
         if trainer.needs_initial_scores:
             collator, dataset = (
@@ -420,60 +462,8 @@ class LiveProgress(ProgressCallback):
 # ---- helpers ---------------------------------------------------------------------------------------------
 
 
-def _check(model: Any, args: AlignConfig, tokenizer: Any) -> None:
-    """What cannot be trained this way is refused before anything is touched."""
-    if tokenizer is None:
-        raise ValueError("AlignTrainer: processing_class is None; give the model's tokenizer.")
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"AlignTrainer: {args.n_gpu} GPUs in one process would split pairs and groups. Launch one "
-            "process per GPU with torchrun or accelerate launch, or show it a single GPU "
-            "(CUDA_VISIBLE_DEVICES)."
-        )
-    if args.label_smoothing_factor != 0:
-        raise ValueError(
-            f"AlignTrainer: label_smoothing_factor={args.label_smoothing_factor} is Trainer's, of a "
-            "cross-entropy over logits that are not formed here. Use the loss's own where it has one: "
-            "loss_args: {label_smoothing: ...}."
-        )
-    if args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
-        raise ValueError(
-            "AlignTrainer: use_liger_kernel would replace the forward that computes the loss by its fused "
-            "linear cross entropy. Set liger_kernel_config: {fused_linear_cross_entropy: false} to keep its "
-            "other kernels, or drop use_liger_kernel."
-        )
-    if hasattr(model, "disable_adapter"):
-        raise ValueError(
-            "AlignTrainer: the model already has an adapter, and the initial model would be the one below "
-            "it. Merge it (model.merge_and_unload()) and pass peft_config to train a fresh one."
-        )
-    sharded = (
-        args.fsdp
-        or args.distributed_state is not None
-        and (args.distributed_state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED))
-    )
-    if sharded and args.make_schedule() is not None:
-        raise NotImplementedError(
-            "AlignTrainer: Humanline syncing copies whole weights, which FSDP and DeepSpeed shard; that is "
-            "not supported yet. Use DDP, or sync_every: 0."
-        )
-
-
-def _check_inputs(peft_config: Any, train_dataset: Any, eval_dataset: Any) -> None:
-    if getattr(peft_config, "is_prompt_learning", False):
-        raise ValueError(
-            f"AlignTrainer: {type(peft_config).__name__} puts virtual tokens before the prompt, and the "
-            "positions of the log-probs would no longer be those of the labels. Use LoRA, or another method "
-            "that changes weights."
-        )
-    held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-    for dataset in (train_dataset, *held_out):
-        if dataset is not None and not isinstance(dataset, Dataset):
-            raise ValueError(
-                f"AlignTrainer: got a {type(dataset).__name__}, expected a datasets.Dataset: rows are read "
-                "more than once, by their number. Load a streamed set without streaming=True, or make one "
-                "with Dataset.from_list."
-            )
+def _table(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
 
 
 def _stack(parts: list[Tensor], fill: float) -> Tensor:  # [s_i, t_i] each -> [sum s_i, max t_i]
