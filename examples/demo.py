@@ -5,8 +5,8 @@ What is reported is measured on held-out pairs against the model it began with, 
 The settings are those of a plain recipe; none is tuned to the numbers at the end.
 
 runs/demo/ gets: model/ (loads with AutoModelForCausalLM.from_pretrained), metrics.jsonl, summary.json,
-samples.jsonl, curves.png, reference/ (the initial model's log-probs). The exit status is 1 if the pairs were
-not learnt or sentiment did not rise.
+samples.jsonl, curves.png, initial_logp/ (the initial model's log-probs). The exit status is 1 if the pairs
+were not learnt or sentiment did not rise.
 """
 
 from __future__ import annotations
@@ -343,7 +343,7 @@ def run(args: argparse.Namespace, console: Console) -> str | None:
         (texts_before[0], texts_after[0]),
     )
     console.print(
-        f"{out}/ holds model/, metrics.jsonl, summary.json, samples.jsonl, curves.png and reference/"
+        f"{out}/ holds model/, metrics.jsonl, summary.json, samples.jsonl, curves.png and initial_logp/"
     )
     return verdict(before, after, len(held_out))
 

@@ -48,6 +48,13 @@ def test_an_adapter_that_does_not_start_at_the_base_is_refused(tmp_path, start):
         trainer(tmp_path, peft_config=peft_config)
 
 
+def test_an_adapter_that_adds_to_the_loss_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    adalora = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=10)
+    with pytest.raises(ValueError, match="AdaLoRA adds a term to the loss"):
+        trainer(tmp_path, peft_config=adalora)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["gaussian", "dora", "ia3"])
 def test_adapters_that_start_at_the_base_are_trained(tmp_path, kind, dtype):

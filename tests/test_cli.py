@@ -234,7 +234,8 @@ def test_the_file_may_stand_behind_the_settings(folder, monkeypatch, capsys):
     assert seen[1].bf16 is False
     assert cli.main(["train", "--learning_rate", "1e-5"]) == 2
     assert (
-        "there is no file 1e-5. Name the YAML file: fused-align train CONFIG.yaml" in capsys.readouterr().err
+        "there is no file 1e-5. Name the YAML file first: fused-align train CONFIG.yaml"
+        in capsys.readouterr().err
     )
     assert cli.main(["train", path, "oops"]) == 2
     assert "expected --field value; got 'oops'" in capsys.readouterr().err
@@ -366,6 +367,29 @@ def test_an_adapters_folder_loads_as_the_model_that_was_trained(folder):
     again = AlignTrainer(load_model(source)[0], config(folder / "whole"), tiny.pairs(), None, tokenizer)
     torch.testing.assert_close(again._score("initial", inputs), trained, atol=2e-5, rtol=0)
     again.train()  # the merged model trains whole, too
+
+
+def test_going_on_from_an_adapter_in_its_own_folder_is_refused(folder, capsys):
+    pytest.importorskip("peft")
+    out, (model, tokenizer) = folder / "out", load_model(str(folder / "model"))
+    it = AlignTrainer(model, config(out), tiny.pairs(), None, tokenizer, peft_config=lora())
+    it.save_model()
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    arguments = ["--model_name_or_path", str(out), "--output_dir"]
+    for lora_r in ("4", "0"):
+        words = [*arguments, str(out), "--lora_r", lora_r, "--lora_target_modules", "[q_proj]"]
+        assert cli.main(["train", str(folder / "config.yaml"), *words]) == 2
+        assert "is an adapter in output_dir" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    (out / "model.safetensors").write_bytes((folder / "model" / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"holds an adapter.*and a whole model \(model\.safetensors\)"):
+        load_model(str(out))
+
+
+def test_log_level_debug_shows_where_a_setting_was_refused(folder):
+    with pytest.raises(ValueError, match="is not a YAML|must|no file|dtype"):
+        words = ["--dtype", "fp32", "--log_level", "debug"]
+        cli.main(["train", str(folder / "config.yaml"), *words])
 
 
 def test_an_adapters_base_may_be_in_a_package_and_its_tokenizer_with_it(folder, monkeypatch):

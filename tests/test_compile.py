@@ -102,6 +102,18 @@ def test_compiles_into_one_graph(head: str, frozen: bool, dynamic: bool):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+def test_logits_with_temperatures_compile_into_one_graph():
+    logits, target = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    temperature = torch.linspace(0.5, 2, 6)
+
+    def call(logits: torch.Tensor) -> torch.Tensor:
+        return fa.logp_from_logits(logits, target, temperature=temperature)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits), call(logits), rtol=0, atol=0)
+    assert fa.logp_from_logits(logits.to("meta"), target.to("meta"), temperature=temperature.to("meta")).shape
+
+
 def test_compiles_all_statistics():
     case = small("all")
 

@@ -208,13 +208,13 @@ def test_rows_beyond_the_budget_take_a_fifth_pass():
     assert not choose(replace(many, weight_dtype=torch.float32)).apart
 
 
-@pytest.mark.parametrize("lost", [1, 2, 5])
-def test_few_unlikely_rows_among_large_logits(lost: int):
+@pytest.mark.parametrize(("lost", "size"), [(1, 64), (2, 64), (5, 64), (65, 4096)])
+def test_few_unlikely_rows_among_large_logits(lost: int, size: int):
     """Sums of rows that are walked again fit the exponentials that the backward builds in whole chunks.
 
     Else plans would differ by the rounding of logits of a thousand.
     """
-    hidden, weight, target = operands(300, 64, 800, torch.float32)
+    hidden, weight, target = operands(300, size, 800, torch.float32)
     target[lost:] = (hidden @ weight.T).argmax(1)[lost:]
     grads = []
     for plan in ("single", "recompute"):

@@ -202,6 +202,16 @@ def test_load_data_from_json_lines(tmp_path, monkeypatch):
     assert chat[0]["completion"] == [{"role": "assistant", "content": "a"}]
 
 
+@pytest.mark.parametrize("bad", [None, math.nan])
+def test_margins_that_some_rows_lack_are_left_out_of_all(bad, caplog):
+    good = PAIR | {"margin": 1.0}
+    with caplog.at_level("WARNING"):
+        examples = prepare([good, good | {"margin": bad}], "pair")
+    assert len(examples) == 2 and "margin" not in examples.column_names
+    assert "margin is left out" in caplog.text
+    assert "margin" not in data.Collator("pair", 0)(examples.to_list())
+
+
 GROUP = {"prompt": "Q:", "completions": ["a", "b"], "rewards": [1.0, 0.0]}
 JUDGED = {"prompt": "Q:", "completion": "a", "label": True}
 PAIR = {"prompt": "Q:", "chosen": "a", "rejected": "b"}
@@ -219,13 +229,6 @@ PAIR = {"prompt": "Q:", "chosen": "a", "rejected": "b"}
         ("unpaired", JUDGED, {"label": None}, "Row 1: label must be true or false.*got None"),
         ("unpaired", JUDGED, {"completion": None}, "Row 0: completion of this or a later row is null"),
         ("pair", PAIR, {"rejected": None}, "Row 1: rejected is null"),
-        ("pair", PAIR | {"margin": 1.0}, {"margin": None}, "Row 1: margin must be a finite number; got None"),
-        (
-            "pair",
-            PAIR | {"margin": 1.0},
-            {"margin": math.nan},
-            "Row 1: margin must be a finite number; got nan",
-        ),
         ("text", {"text": "abc"}, {"text": None}, "Row 1: text is null"),
     ],
 )

@@ -235,19 +235,21 @@ def test_half_operands_with_many_rows(tmp_path: Path):
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
-@pytest.mark.parametrize("mode", ["rounded", "autocast"])
+@pytest.mark.parametrize("mode", ["rounded", "mixed", "autocast"])
 @pytest.mark.parametrize("budget", [4 * MIB, 8 * MIB, 32 * MIB])
 def test_rounded_operands(budget: int, mode: str, frozen: bool, tmp_path: Path):
     """What a GEMM of 16-bit operands rounds, casts and gives before it is added counts as workspace."""
     problem = make_problem(
         torch.bfloat16 if mode == "rounded" else torch.float32, frozen=frozen, masked=False
     )
+    if mode == "mixed":
+        problem.hidden = problem.hidden.detach().bfloat16().requires_grad_()
 
     def run() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
             out = fa.align_loss(
                 problem.hidden, problem.weight, problem.batch, fa.DPO(), workspace_bytes=budget,
-                precision="bf16" if mode == "rounded" else "high",
+                precision="high" if mode == "autocast" else "bf16",
             )  # fmt: skip
         problem.backward(out.loss)
 

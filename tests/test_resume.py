@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
+from safetensors import safe_open
 from training import ROWS, assert_same, logged, lora, trainer, weights
 from transformers import TrainerCallback
 
@@ -84,7 +85,7 @@ def test_resuming_without_its_files_or_with_other_data_is_refused(tmp_path):
     checkpoint = str(tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match="log-probs of other tokens"):
         trainer(tmp_path, rows=tiny.pairs(9), **settings).train(resume_from_checkpoint=checkpoint)
-    (tmp_path / "reference" / "train.safetensors").unlink()
+    (tmp_path / "initial_logp" / "train.safetensors").unlink()
     with pytest.raises(ValueError, match=r"its weights are gone.*train\.safetensors is missing"):
         trainer(tmp_path, **settings).train(resume_from_checkpoint=checkpoint)
     with pytest.raises(ValueError, match="the synced reference is lost"):
@@ -109,18 +110,16 @@ def test_a_run_in_another_folder_takes_the_tables_along(tmp_path):
     assert logged(again)[:4] == logged(whole) and tables(tmp_path / "three") == tables(tmp_path / "one")
 
 
-def test_a_new_run_removes_the_tables_of_the_last_one(tmp_path):
+def test_tables_of_another_runs_initial_model_are_refused(tmp_path):
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     trainer(tmp_path, held_out=tiny.pairs(4), **settings).train()
+    trainer(tmp_path, loss="sft", **settings).train()  # writes none
     assert tables(tmp_path).keys() == {"train", "eval"}
-    trainer(tmp_path, tiny.model(7), **settings).train()
-    assert tables(tmp_path).keys() == {"train"}
+    trainer(tmp_path, tiny.model(7), **settings).train()  # writes over one of them, and its checkpoints
     again = trainer(tmp_path, tiny.model(7), held_out=tiny.pairs(4), **settings)
-    with pytest.raises(ValueError, match=r"eval\.safetensors is missing"):  # and not those of model 0
+    with pytest.raises(ValueError, match=r"eval\.safetensors holds the log-probs of another run's initial"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert tables(tmp_path).keys() == {"train"}
-    trainer(tmp_path, loss="sft", **settings).train()
-    assert tables(tmp_path) == {}
+    trainer(tmp_path, tiny.model(7), **settings).train(resume_from_checkpoint=True)
 
 
 def test_a_resumed_run_keeps_the_tables_that_it_does_not_read(tmp_path):
@@ -131,20 +130,25 @@ def test_a_resumed_run_keeps_the_tables_that_it_does_not_read(tmp_path):
     assert tables(tmp_path) == stored
 
 
-def tables(folder: Path) -> dict[str, bytes]:
-    return {path.stem: path.read_bytes() for path in (folder / "reference").glob("*.safetensors")}
+def tables(folder: Path) -> dict[str, tuple[Any, Any]]:
+    """What the stored tables hold: their metadata, in no order, and the log-probs."""
+    found = {}
+    for path in (folder / "initial_logp").glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found[path.stem] = file.metadata(), {name: file.get_tensor(name).tolist() for name in file.keys()}
+    return found
 
 
 def test_evaluating_later_does_not_overwrite_what_a_resumed_run_reads(tmp_path):
     settings: dict[str, Any] = {"held_out": tiny.pairs(4), "save_strategy": "steps", "save_steps": 2}
     first = trainer(tmp_path, **settings)
     first.evaluate()  # before training: kept, and written when training begins
-    assert not (tmp_path / "reference").exists()
+    assert not (tmp_path / "initial_logp").exists()
     first.train()
-    stored = {path.name: path.read_bytes() for path in (tmp_path / "reference").iterdir()}
+    stored = {path.name: path.read_bytes() for path in (tmp_path / "initial_logp").iterdir()}
     assert stored.keys() == {"train.safetensors", "eval.safetensors"}
     assert trainer(tmp_path, first.model, **settings).evaluate()["eval_rewards/margins"] == 0.0
-    assert stored == {path.name: path.read_bytes() for path in (tmp_path / "reference").iterdir()}
+    assert stored == {path.name: path.read_bytes() for path in (tmp_path / "initial_logp").iterdir()}
 
 
 def test_evaluating_before_resuming_does_not_move_the_initial_model(tmp_path):

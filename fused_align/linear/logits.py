@@ -63,7 +63,6 @@ def logp_from_logits(
         y = torch.where(y == ignore_index, IGNORE_INDEX, y)
     inverse, scalar = None, 1.0
     if isinstance(temperature, Tensor):
-        check_temperature(temperature[y != IGNORE_INDEX])
         inverse = 1 / temperature.detach().to(
             torch.float64 if logits.dtype == torch.float64 else torch.float32
         )
@@ -98,6 +97,8 @@ def _forward(
     work = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logp, largest, total = (logits.new_zeros(target.shape, dtype=work) for _ in range(3))
     for at in _blocks(logits, target, work):
+        if inverse is not None:
+            check_temperature(1 / inverse[at])
         y = check_range(target[at], logits.shape[-1])[:, None]
         z = _load(logits, at, inverse, scalar, work)
         top = z.amax(1)

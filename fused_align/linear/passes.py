@@ -216,7 +216,7 @@ class Walk:
         if lost.numel():
             few = min(FEW, logp.numel())
             lost = lost.repeat(-(-few // lost.numel()))[: max(few, lost.numel())]
-            for index in lost.split(self.block):
+            for index in lost.tensor_split(-(-lost.numel() // self.block)):  # evenly
                 self._redo(chunk, index, keep, product)
 
     def _walk(

@@ -90,14 +90,15 @@ class Problem:
     def bytes(self, plan: str, rows: int, cols: int) -> int:
         """What a plan needs at a time for chunks of `rows` and tiles of `cols`, on top of what is held."""
         size, H, gathered = self.work.itemsize, self.hidden, self._gathered
-        operand = self.operand or self.weight_dtype
+        x, operand = self.operand or self.hidden_dtype, self.operand or self.weight_dtype
         needed = size * rows * cols * self.scratch(plan)
         needed += size * rows * H * (gathered or self.operand is not None)  # x
         needed += size * cols * H * (operand != self.work)  # weight, cast
         needed += 2 * cols * H * (operand != self.weight_dtype)  # and rounded first
-        if operand in HALF and (self.rounded or self.device.type == "cuda"):
+        if {x, operand} & {*HALF} and (self.rounded or self.device.type == "cuda"):
             # E rounded for the GEMM, and what the GEMM gives before it is added
             needed += 2 * rows * cols + size * max(rows * cols, rows * H, cols * H)
+            needed += size * rows * H * (x != operand)  # x, cast to meet the weight
         needed += min(GATHER_BYTES, 3 * size * rows * H) + ROW_BYTES * rows
         if plan in ("single", "window", "recompute"):
             needed += size * rows * H * (gathered + 1)  # dhidden of the chunk; rows scaled by coefficients

@@ -95,6 +95,11 @@ def adapter(peft_config: Any) -> None:
             "positions of the log-probs would no longer be those of the labels. Use LoRA, or another method "
             "that changes weights."
         )
+    if getattr(peft_config, "peft_type", None) == "ADALORA":
+        raise ValueError(
+            "AlignTrainer: AdaLoRA adds a term to the loss inside the model's outputs, which are those of a "
+            "cross-entropy then. Use LoRA or DoRA."
+        )
     if getattr(peft_config, "bias", "none") not in ("none", False, None):
         raise ValueError(
             f"AlignTrainer: bias={peft_config.bias!r} of the adapter's config trains biases of the base "
@@ -128,8 +133,8 @@ def adapted(model: Any) -> None:
             "AlignTrainer: the fresh adapter changes the model before the first step: logits differ by "
             f"{(on - off).abs().max().item():.3g}. The initial model, what margins are measured against, is "
             "the one with adapters off, and that would not be the model you gave. Choose an initialisation "
-            "that starts at the base (LoRA: init_lora_weights=True, not pissa, olora or False), and load the "
-            "model again: some of them alter its weights."
+            "that starts at the base, if the method has one (of LoRA: init_lora_weights=True, and not pissa, "
+            "olora or False), and load the model again: some alter its weights."
         )
 
 

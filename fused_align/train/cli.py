@@ -2,7 +2,8 @@
 
 The file holds fields of ModelConfig, DataConfig and AlignConfig (which has all of Hugging Face's
 TrainingArguments), in any order. On the command line each can be set again: --learning_rate 1e-5,
---humanline "[-1.5, 1.5]", --loss_args.beta 0.2, --bf16.
+--humanline "[-1.5, 1.5]", --loss_args.beta 0.2, --bf16. What is wrong with the settings is said in a
+sentence; --log_level debug shows where.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FLOAT = "tag:yaml.org,2002:float"
 SWITCHED_TOO = ("humanline", "resume_from_checkpoint")  # true, false, or something else
 
 # What wrong settings raise before training begins: ours, and those of transformers, peft and datasets.
-USER_ERRORS = (ValueError, NotImplementedError, ImportError, OSError, DatasetsError)
+USER_ERRORS = (ValueError, TypeError, NotImplementedError, ImportError, OSError, DatasetsError)
 
 
 class ConfigError(ValueError):
@@ -72,9 +73,14 @@ def main(argv: list[str] | None = None) -> int:
     groups = _groups(sys.argv[1:] if argv is None else argv)
     groups.sort(key=lambda group: group[0].startswith("-"))  # the file may stand behind the settings
     known, overrides = parser.parse_known_args([word for group in groups for word in group])
+    debug = False
     try:
-        trainer = set_up(*parse(read(known.config), overrides))
+        settings = parse(read(known.config), overrides)
+        debug = settings[-1].log_level == "debug"
+        trainer = set_up(*settings)
     except USER_ERRORS as error:
+        if debug:
+            raise
         print(f"fused-align: {_sentence(error)}", file=sys.stderr)
         return 2
     finish(trainer)
@@ -89,6 +95,7 @@ def train(model_config: ModelConfig, data_config: DataConfig, args: AlignConfig)
 def set_up(model_config: ModelConfig, data_config: DataConfig, args: AlignConfig) -> AlignTrainer:
     """The trainer, with its data and its model: what can be wrong with the settings shows here."""
     _check_checkpoint(args)
+    _check_output(model_config.model_name_or_path, args)
     rows, held_out = load_data(data_config)
     model, tokenizer = load_model(
         model_config.model_name_or_path,
@@ -125,6 +132,15 @@ def _check_checkpoint(args: AlignConfig) -> None:
         )
 
 
+def _check_output(name_or_path: str, args: AlignConfig) -> None:
+    source, output = Path(name_or_path).resolve(), Path(str(args.output_dir)).resolve()
+    if (source / "adapter_config.json").is_file() and source.is_relative_to(output):
+        raise ConfigError(
+            f"model_name_or_path is an adapter in output_dir ({output}), and training on from it would write "
+            "over it, or beside it what can't be told from it. Set another --output_dir."
+        )
+
+
 def _sentence(error: BaseException) -> str:
     """The error's text, and its cause's where that is a library's: datasets says there what was wrong."""
     cause = error.__cause__ if isinstance(error, DatasetsError) else None
@@ -135,7 +151,7 @@ def read(path: Path) -> dict[str, Any]:
     """The YAML file as a dict."""
     if not path.is_file():
         raise ConfigError(
-            f"there is no file {path}. Name the YAML file: fused-align train CONFIG.yaml --field value."
+            f"there is no file {path}. Name the YAML file first: fused-align train CONFIG.yaml --field value."
         )
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)

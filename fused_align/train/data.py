@@ -135,7 +135,7 @@ def prepare(
 
     Raises:
         ValueError: the data set lacks the columns of `kind`, has no usable row, or a row with a null text, a
-            label that is not 0 or 1, or a reward or margin that is not a finite number (the row is named).
+            label that is not 0 or 1, or a reward that is not a finite number (the row is named).
     """
     columns = _columns(dataset, kind)
     if kind == "unpaired":
@@ -144,7 +144,10 @@ def prepare(
     encode = partial(encode, scale_rewards=scale_rewards)
     features = dict(FEATURES["every"] | FEATURES[kind])
     if kind == "pair" and "margin" in dataset.column_names:
-        features["margin"] = datasets.Value("float64")
+        if all(_finite(margin) for margin in dataset["margin"]):
+            features["margin"] = datasets.Value("float64")
+        else:  # of all rows: or some batches would have margins and others not
+            logger.warning("The column margin is left out: not every row has a finite number there.")
     dropped = [column for column in dataset.column_names if column not in features]
     # the types are given: inferred ones would depend on which rows come first
     examples = dataset.map(
@@ -237,11 +240,6 @@ def _check_row(row: dict[str, Any], number: int, columns: tuple[str, ...]) -> No
         raise ValueError(
             f"Row {number}: label must be true or false (or 1, 0), whether the completion is desirable; got "
             f"{row['label']!r}."
-        )
-    if "chosen" in columns and not _finite(row.get("margin", 0.0)):
-        raise ValueError(
-            f"Row {number}: margin must be a finite number; got {row['margin']!r}. Fill it in, or drop the "
-            "column."
         )
     if "rewards" not in columns:
         return
@@ -389,7 +387,7 @@ def judgements(kind: str, examples: Iterable[Mapping[str, Any]]) -> dict[str, Te
         return {"desirable": torch.tensor([bool(example["label"]) for example in examples])}
     if kind == "group":
         return {"advantage": torch.tensor([a for example in examples for a in example["advantages"]])}
-    if kind == "pair" and all(example.get("margin") is not None for example in examples):
+    if kind == "pair" and all("margin" in example for example in examples):
         return {"margin": torch.tensor([float(example["margin"]) for example in examples])}
     return {}
 

@@ -18,6 +18,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 PACKAGE = "package:"
+WHOLE = ("model*.safetensors", "pytorch_model*.bin")
 
 
 def load_model(
@@ -62,6 +63,12 @@ def _merged(
     """The base of the adapter in `path`, with the adapter merged into its weights."""
     from peft import PeftConfig, PeftModel
 
+    whole = [file.name for pattern in WHOLE for file in Path(path).glob(pattern)]
+    if whole:
+        raise ValueError(
+            f"load_model: {path} holds an adapter (adapter_config.json) and a whole model ({whole[0]}). Move "
+            "one of them to a folder of its own."
+        )
     config = PeftConfig.from_pretrained(path, revision=options["revision"])
     base = config.base_model_name_or_path
     if not base or Path(resolve(base)).resolve() == Path(path).resolve():

@@ -110,22 +110,29 @@ class ScoreTable:
     def __call__(self, example: int) -> list[Tensor]:
         return self.rows[self._first[example] : self._first[example + 1]]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, run: str) -> None:
+        """run: what tells this run, and with it its initial model, from others that use the same folder."""
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             "logp": torch.cat(self.rows) if self.rows else torch.zeros(0),
             "lengths": torch.tensor([row.numel() for row in self.rows]),
             "sizes": torch.tensor(self.sizes),
         }
-        save_file(tensors, path, metadata={"fingerprint": self.fingerprint})
+        save_file(tensors, path, metadata={"fingerprint": self.fingerprint, "run": run})
 
     @classmethod
-    def load(cls, path: Path, fingerprint: str) -> ScoreTable:
-        """Raises ValueError if the stored log-probs are of other examples."""
+    def load(cls, path: Path, fingerprint: str, run: str) -> ScoreTable:
+        """Raises ValueError if the stored log-probs are of other examples, or of another run's model."""
         with safe_open(path, framework="pt") as file:
-            stored = (file.metadata() or {}).get("fingerprint")
+            stored = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in ("logp", "lengths", "sizes")}
-        if stored != fingerprint:
+        if stored.get("run") != run:
+            raise ValueError(
+                f"Resuming: {path} holds the log-probs of another run's initial model. That run wrote over "
+                "those of the run that is resumed, or had a held-out set where this one had none. Give every "
+                "run an output_dir of its own."
+            )
+        if stored.get("fingerprint") != fingerprint:
             raise ValueError(
                 f"Resuming: {path} holds the initial model's log-probs of other tokens than this data "
                 "set's. The data, the tokenizer, the chat template and max_length must be those of the run "

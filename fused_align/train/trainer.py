@@ -11,6 +11,7 @@ evaluation_loop      the whole held-out set at once, against the initial model
 
 from __future__ import annotations
 
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 import fused_align as fa
 from fused_align.losses.base import Objective
@@ -32,6 +33,8 @@ from . import checks, data
 from .config import AlignConfig
 from .reference import MODEL_INPUTS, ScoreTable, SyncedReference, score, score_examples
 
+TABLES = "initial_logp"  # the folder, in output_dir, of the initial model's log-probs
+RUN = "run_id.txt"  # in every checkpoint
 FIELDS = ("advantage", "desirable", "margin")  # of fa.Batch, as the collator names them
 
 
@@ -124,6 +127,7 @@ class AlignTrainer(Trainer):
         self.reference = None if self.schedule is None else SyncedReference(self.model)
         self.tables: dict[str, ScoreTable] = {}  # log-probs under the initial model, by data set
         self.resumed_from: Path | None = None  # the folder of the tables that a resumed run reads
+        self.run = ""  # its name in tables and checkpoints: whose initial model they belong to
         self._metrics: dict[str, Tensor] = {}  # [2] each, since the last log: the sum, and of how many
         self._steps_since_log = 0
         self.add_callback(Begin(self))
@@ -224,7 +228,9 @@ class AlignTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As Trainer.train. A resumed run is measured against the model that the first run began with."""
-        self.resumed_from = self._find_tables(resume_from_checkpoint) if resume_from_checkpoint else None
+        self.resumed_from, self.run = None, uuid.uuid4().hex
+        if resume_from_checkpoint:
+            self._find_tables(resume_from_checkpoint)
         if self.resumed_from is not None and not hasattr(self.model, "disable_adapter"):
             self.tables = {}  # what evaluate() scored is this process's model, not the one the run began with
         return super().train(resume_from_checkpoint, **kwargs)
@@ -235,7 +241,7 @@ class AlignTrainer(Trainer):
             return self.tables[name]
         path, fingerprint = _table(self.resumed_from or self.tables_folder, name), data.fingerprint(dataset)
         if self.resumed_from is not None and path.is_file():
-            self.tables[name] = ScoreTable.load(path, fingerprint)
+            self.tables[name] = ScoreTable.load(path, fingerprint, self.run)
             return self.tables[name]
         moved = self.resumed_from is not None or self.state.global_step > 0
         if moved and not hasattr(self.model, "disable_adapter"):
@@ -249,27 +255,26 @@ class AlignTrainer(Trainer):
         return self.tables[name]
 
     def save_initial_scores(self) -> None:
-        """Writes them beside the checkpoints, in the place of another run's.
+        """Writes them beside the checkpoints.
 
         Only training does, or evaluating a trained model would; and not a run that goes on in its own folder.
         """
-        if not self.args.should_save or self.resumed_from == self.tables_folder:
-            return
-        for path in self.tables_folder.glob(_table(Path(), "*").name):
-            path.unlink(missing_ok=True)  # save_on_each_node: another node may have been first
-        for name, table in self.tables.items():
-            table.save(_table(self.tables_folder, name))
+        if self.args.should_save and self.resumed_from != self.tables_folder:
+            for name, table in self.tables.items():
+                table.save(_table(self.tables_folder, name), self.run)
 
     @property
     def tables_folder(self) -> Path:
-        return Path(str(self.args.output_dir)).resolve() / "reference"
+        return Path(str(self.args.output_dir)).resolve() / TABLES
 
-    def _find_tables(self, checkpoint: str | bool) -> Path:
-        """Beside the checkpoint, which may lie in another run's folder; else in the folder of this run."""
-        if isinstance(checkpoint, bool):  # the last one of this run
-            return self.tables_folder
-        beside = Path(checkpoint).resolve().parent / "reference"
-        return beside if beside.is_dir() else self.tables_folder
+    def _find_tables(self, checkpoint: str | bool) -> None:
+        """Where a resumed run reads tables: beside its checkpoint, which may lie in another run's folder."""
+        last = get_last_checkpoint(str(self.args.output_dir)) if isinstance(checkpoint, bool) else checkpoint
+        if last is None:  # Trainer says so
+            return
+        beside, name = Path(last).resolve().parent / TABLES, Path(last) / RUN
+        self.resumed_from = beside if beside.is_dir() else self.tables_folder
+        self.run = name.read_text() if name.is_file() else ""
 
     def _score_all(self, who: str, dataset: Dataset, title: str) -> ScoreTable:
         # where a forward is a collective, all ranks must make the same number of them
@@ -299,6 +304,12 @@ class AlignTrainer(Trainer):
             # here; a base that is a GGUF file or an adapter has no such file
             warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
             super()._save(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            (folder / RUN).write_text(self.run)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
