@@ -135,7 +135,8 @@ def tables(folder: Path) -> dict[str, tuple[Any, Any]]:
     found = {}
     for path in (folder / "initial_logp").glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            found[path.stem] = file.metadata(), {name: file.get_tensor(name).tolist() for name in file.keys()}
+            names = ("logp", "lengths", "sizes")
+            found[path.stem] = file.metadata(), [file.get_tensor(name).tolist() for name in names]
     return found
 
 
