@@ -11,7 +11,8 @@ without `align` the model behaves as before.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -232,20 +233,38 @@ def decoder_of(model: Any) -> nn.Module:
     return model.base_model if model.base_model is not model else model.get_decoder()
 
 
-@torch.no_grad()
-def _check_head(model: Any) -> None:
-    head = head_of(model)
-    tokens = torch.arange(4, device=head.weight.device).remainder(head.weight.shape[0])[None]  # [1, 4]
+@contextmanager
+def scoring(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout: nothing is drawn from the random number generators."""
     was_training = model.training
     model.eval()
     try:
-        own = model(input_ids=tokens, use_cache=False).logits.float()
-        ours = head.logits(decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state)
+        with torch.no_grad():
+            yield
     finally:
         model.train(was_training)
-    # 16-bit models round their logits; an omitted scale or cap is off by far more
-    limit = (1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 4e-2) * own.abs().max()
-    if own.shape != ours.shape or not (own - ours).abs().max() <= limit:
+
+
+def probe(weight: Tensor) -> dict[str, Any]:  # [V, H], the head's
+    """Arguments of a forward over four tokens, to see what a model computes."""
+    tokens = torch.arange(4, device=weight.device).remainder(weight.shape[0])[None]  # [1, 4]
+    return {"input_ids": tokens, "use_cache": False}
+
+
+def same_logits(own: Tensor, other: Tensor, dtype: torch.dtype) -> bool:  # [1, 4, V] each
+    """Whether both are one model's. 16-bit weights (dtype) round; an omitted scale is off by far more."""
+    own, other = own.float(), other.float()
+    limit = 1e-3 if dtype in (torch.float32, torch.float64) else 4e-2
+    return own.shape == other.shape and bool((own - other).abs().max() <= limit * own.abs().max())
+
+
+def _check_head(model: Any) -> None:
+    head = head_of(model)
+    arguments = probe(head.weight)
+    with scoring(model):
+        own = model(**arguments).logits
+        ours = head.logits(decoder_of(model)(**arguments).last_hidden_state)
+    if not same_logits(own, ours, head.weight.dtype):
         raise ValueError(
             f"attach: the logits of {type(model).__name__} are not scale * cap(hidden @ weight.T + bias) "
             f"with logit_scale={head.logit_scale} and softcap={head.softcap}, read from its config. Its "

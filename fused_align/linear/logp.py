@@ -222,8 +222,7 @@ def check_head(
         raise ValueError(f"{who}: logit_scale must not be 0, which makes all logits equal.")
     if workspace_bytes is not None and not isinstance(workspace_bytes, int):
         raise TypeError(f"{who}: workspace_bytes must be an int or None; got {workspace_bytes!r}.")
-    if precision not in ("high", "bf16"):
-        raise ValueError(f'{who}: precision must be "high" or "bf16"; got {precision!r}.')
+    check_precision(who, precision)
 
 
 def check_target(who: str, hidden: Tensor, target: Tensor, temperature: float | Tensor) -> None:
@@ -246,6 +245,11 @@ def check_target(who: str, hidden: Tensor, target: Tensor, temperature: float | 
             )
     elif not temperature > 0:
         raise ValueError(f"{who}: temperature must be positive; got {temperature}.")
+
+
+def check_precision(who: str, precision: str) -> None:
+    if precision not in ("high", "bf16"):
+        raise ValueError(f'{who}: precision must be "high" or "bf16"; got {precision!r}.')
 
 
 def check_tensors(who: str, **given: object) -> None:

@@ -6,6 +6,7 @@ Absent outputs have size 0. Gradients of gradients are not defined, and asking f
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,12 +85,8 @@ def run_walk(head: Head, plan: Plan, problem: Problem, body: Callable[[Walk], No
         body(Walk(head, plan, scratch))
 
 
-def _per_row(temperature: Tensor | None, scalar: float, index: Index) -> float | Tensor:
-    return scalar if temperature is None else temperature[index]
-
-
-def _rows_of(vector: Tensor | None, index: Index) -> Tensor | None:  # [M] -> [r]
-    return None if vector is None else vector[index]
+def _at(vector: Tensor | None, index: Index, otherwise: Any = None) -> Any:  # [M] -> [r]
+    return otherwise if vector is None else vector[index]
 
 
 @torch.library.custom_op("fused_align::linear_logp_forward", mutates_args=())
@@ -135,7 +132,7 @@ def _forward(
                 hidden,
                 rows,
                 safe[place],
-                _per_row(temperature, scalar_temperature, rows),
+                _at(temperature, rows, scalar_temperature),
                 entropy=entropy,
             )
             part = None
@@ -217,9 +214,9 @@ def _backward(
     grads = Gradients(head, hidden, y.numel(), needs, complete=False, apart=chosen.apart)
 
     def reload(rows: Index, place: slice) -> tuple[Chunk, Coefficients]:
-        temper = _per_row(temperature, scalar_temperature, rows)
+        temper = _at(temperature, rows, scalar_temperature)
         chunk = load(head, hidden, rows, y[place], temper, saved=state[:, rows])
-        c, c_lse, c_entropy = dlogp[rows], _rows_of(dlse, rows), _rows_of(dentropy, rows)
+        c, c_lse, c_entropy = dlogp[rows], _at(dlse, rows), _at(dentropy, rows)
         chunk.tame(sum((extra.abs() for extra in (c_lse, c_entropy) if extra is not None), c.abs()))
         return chunk, coefficients(
             chunk, c, c_lse, c_entropy, entropy[rows] if c_entropy is not None else None

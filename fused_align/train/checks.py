@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import nn
 
-from ..integrations.transformers import innermost, is_plain
+from ..integrations.transformers import head_of, is_plain, probe, same_logits, scoring
 from .config import AlignConfig
 
 
@@ -108,27 +107,20 @@ def adapter(peft_config: Any) -> None:
         )
 
 
-@torch.no_grad()
 def adapted(model: Any) -> None:
     """A fresh adapter must change nothing: the initial model is the one with adapters off.
 
     Four tokens are run with and without it, except where parameters are sharded.
     """
-    inner = innermost(model)
-    if not all(is_plain(parameter) for parameter in inner.parameters()):
+    if not all(is_plain(parameter) for parameter in model.parameters()):
         return
-    tokens = torch.arange(4, device=inner.device).remainder(inner.config.get_text_config().vocab_size)[None]
-    was_training = model.training
-    model.eval()
-    try:
-        on = model(input_ids=tokens, use_cache=False).logits.float()
+    weight = head_of(model).weight
+    arguments = probe(weight)
+    with scoring(model):
+        on = model(**arguments).logits
         with model.disable_adapter():
-            off = model(input_ids=tokens, use_cache=False).logits.float()
-    finally:
-        model.train(was_training)
-    # methods that start from a rescaling, such as DoRA, round
-    limit = (1e-3 if inner.dtype in (torch.float32, torch.float64) else 4e-2) * off.abs().max()
-    if not (on - off).abs().max() <= limit:
+            off = model(**arguments).logits
+    if not same_logits(off, on, weight.dtype):
         raise ValueError(
             "AlignTrainer: the fresh adapter changes the model before the first step: logits differ by "
             f"{(on - off).abs().max().item():.3g}. The initial model, what margins are measured against, is "

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 import fused_align as fa
 from fused_align.backends import pick
+from fused_align.linear.logp import check_precision
 from fused_align.linear.plan import check_plan
 
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -107,8 +108,7 @@ class AlignConfig(TrainingArguments):
             pick(self.backend, self.device)
         except (ValueError, RuntimeError) as error:  # a RuntimeError where a backend cannot run here
             raise ValueError(f"AlignConfig: {error}") from error
-        if self.precision not in ("high", "bf16"):
-            raise ValueError(f'AlignConfig: precision must be "high" or "bf16"; got {self.precision!r}.')
+        check_precision("AlignConfig", self.precision)
         workspace = typed("AlignConfig: workspace_mib", self.workspace_mib, float | None)
         if workspace is not None and not 0 < workspace < float("inf"):
             raise ValueError(

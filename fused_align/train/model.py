@@ -37,8 +37,8 @@ def load_model(
     it: a whole model, which can be trained as it is or with a fresh adapter on top.
 
     Raises:
-        ValueError: an unknown dtype; a package or a file that is not there; an adapter without a base, or of
-            a kind that cannot be merged.
+        ValueError: an unknown dtype; a package or a file that is not there; an adapter without a base, of a
+            kind that cannot be merged, or in one folder with a whole model.
     """
     path = resolve(name_or_path)
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}

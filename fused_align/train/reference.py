@@ -8,8 +8,7 @@ the whole model, or a second set of LoRA weights on the same frozen base.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..integrations.transformers import AlignRequest
+from ..integrations.transformers import AlignRequest, scoring
 from .data import Row, gather, pad, shifted
 
 MODEL_INPUTS = ("input_ids", "attention_mask")
-
-
-@contextmanager
-def scoring(model: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout: nothing is drawn from the random number generators."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def score(

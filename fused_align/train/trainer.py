@@ -268,7 +268,10 @@ class AlignTrainer(Trainer):
         return Path(str(self.args.output_dir)).resolve() / TABLES
 
     def _find_tables(self, checkpoint: str | bool) -> None:
-        """Where a resumed run reads tables: beside its checkpoint, which may lie in another run's folder."""
+        """Which run a resumed one goes on, and where its tables are: beside its checkpoint, if there are any.
+
+        That may be another folder than output_dir.
+        """
         last = get_last_checkpoint(str(self.args.output_dir)) if isinstance(checkpoint, bool) else checkpoint
         if last is None:  # Trainer says so
             return
