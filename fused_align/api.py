@@ -11,12 +11,13 @@ from torch import Tensor
 from . import backends
 from .batch import Batch
 from .humanline import Humanline
-from .linear.fused import FusedLoss, item_sizes
-from .linear.logp import autocast_dtype, check_head, check_target, linear_logp
+from .linear.fused import STATS, Call, FusedLoss, item_sizes
+from .linear.logp import autocast_dtype, check_head, check_main_grad, check_max_live, check_target, waist
 from .linear.ops import make_problem
 from .linear.passes import Head
 from .linear.plan import choose
 from .losses.base import Loss, Objective
+from .rows import Rows
 
 
 class AlignOutput(NamedTuple):
@@ -38,10 +39,13 @@ def align_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     normalizer: float | Tensor | Mapping[str, float | Tensor] | None = None,
+    grad_scale: float | None = None,
     backend: str = "auto",
     plan: str = "auto",
     precision: str = "high",
     workspace_bytes: int | None = None,
+    max_live: int | None = None,
+    main_grad: Tensor | None = None,  # [V, H]
 ) -> AlignOutput:
     """An alignment loss straight from hidden states and the language-model head, without logits [N, V].
 
@@ -49,13 +53,17 @@ def align_loss(
     --dot with weights fixed before the forward, over normalizer--> scalar.
 
     Args:
-        hidden, weight, bias, temperature, logit_scale, softcap, backend, precision, workspace_bytes: as for
-            `linear_logp`; differentiable in hidden, weight and bias. hidden[i] predicts batch.target[i].
+        hidden, weight, bias, temperature, logit_scale, softcap, backend, precision, workspace_bytes,
+            max_live, main_grad: as for `linear_logp`; differentiable in hidden, weight and bias. hidden[i]
+            predicts batch.target[i].
         loss: one of `Loss.registry`, or a dataclass of your own that derives `Loss`.
         humanline: clips the log-ratio of a loss that has an anchor (arXiv 2509.24207).
         normalizer: what the sum of items is divided by instead of this batch's own count of `loss.unit`; pass
             the count over the whole optimizer step and micro-batches add up to the full batch. A dict gives
             the count per unit.
+        grad_scale: what the loss will be multiplied by before backward (a loss scaler's factor, 1 over the
+            accumulation steps), where that is known: gradients formed in the forward are scaled once, then.
+            With main_grad such plans need it (1.0 if nothing multiplies the loss). A CPU checks the promise.
         plan: "auto", or one of `fused_align.linear.plan` by name. "single" and "window" form the gradients in
             the forward: their backward may run once, and rounds a 16-bit gradient once more unless the
             upstream gradient is a power of two.
@@ -76,34 +84,49 @@ def align_loss(
         )
     check_head("align_loss", hidden, weight, bias, logit_scale, softcap, precision, workspace_bytes)
     check_target("align_loss", hidden, batch.target, temperature)
-    live = batch.live()
+    check_max_live("align_loss", max_live)
+    grad = torch.is_grad_enabled()
+    grad_head = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    check_main_grad("align_loss", hidden, weight, main_grad)
+    live = batch.live(max_live)
     objective = Objective(loss, live, humanline, normalizer)
     head = Head(weight, bias, logit_scale, softcap, autocast_dtype(hidden, weight), precision == "bf16")
     flat = hidden.reshape(-1, hidden.shape[-1])
-    grad = torch.is_grad_enabled()
+    known = main_grad is None or grad_scale is not None
     problem = make_problem(
         head,
         flat,
         live.rows.numel(),
         grad_hidden=grad and hidden.requires_grad,
-        grad_head=grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
-        coupling=loss.item,
-        longest=1 if loss.item == "token" else max(item_sizes(live, loss.item), default=1),
+        grad_head=grad_head,
+        coupling=loss.item if known else None,
+        sizes=() if loss.item == "token" or max_live is not None else tuple(item_sizes(live, loss.item)),
+        entropy="entropy" in loss.reads,
+        entropy_grad="entropy" in loss.reads,
+        average_grad="average" in loss.reads,
+        main_grad=main_grad is not None,
+        static=max_live is not None,
     )
     backend = backends.pick(backend, hidden.device)
     chosen = choose(problem, plan, workspace_bytes)
-    per_row = temperature.detach().reshape(-1) if isinstance(temperature, Tensor) else temperature
+    temper = temperature.detach().reshape(-1) if isinstance(temperature, Tensor) else temperature
     if chosen.name in ("single", "window") and backend != "eager":
-        value, logp = FusedLoss.apply(flat, weight, bias, per_row, head, objective, chosen, problem)
+        call = Call(head, objective, chosen, problem, temper, main_grad, grad_scale)
+        value, found = FusedLoss.apply(flat, weight, bias, call)
+        stats = dict(zip(STATS, found.unbind(0), strict=True))
     else:
-        every = linear_logp(
-            flat, weight, batch.target.reshape(-1), bias=bias, temperature=per_row, logit_scale=logit_scale,
-            softcap=softcap, backend=backend, plan=chosen.name, precision=precision,
-            workspace_bytes=workspace_bytes,
+        every = waist(
+            flat, weight, batch.target.reshape(-1), bias, temper, logit_scale, softcap, backend, chosen.name,
+            precision, workspace_bytes, max_live, main_grad, entropy="entropy" in loss.reads,
+            average="average" in loss.reads,
         )  # fmt: skip
-        logp = every[live.rows]
-        value = objective.total(logp, live, objective.weights)
-    return AlignOutput(value, objective.metrics(logp))
+        rows = Rows(live.rows, flat.shape[0], live.valid)
+        stats = {name: rows.take(stat) for name, stat in every.items()}
+        value = objective.total(stats, live, objective.weights)
+    if live.surplus is not None:
+        value = torch.where(live.surplus, torch.nan, value)
+    stats = {name: stat for name, stat in stats.items() if name == "logp" or name in loss.reads}
+    return AlignOutput(value, objective.metrics(stats))
 
 
 def _check_kinds(batch: object, loss: object, humanline: object) -> None:

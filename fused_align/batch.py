@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .rows import Rows
+
 IGNORE_INDEX = -100
 
 _PER_TOKEN = ("old_logp", "ref_logp", "sampler_logp", "token_weight")
@@ -73,6 +75,9 @@ class Batch:
         self.reference = reference
         self.group = group
         self.is_live = False
+        self.valid: Tensor | None = None  # [n] bool, of a live batch padded to a fixed length
+        self.surplus: Tensor | None = None  # [] bool: whether there were more live tokens than that
+        self.stats: dict[str, Tensor] = {}
         self.sequences = self._check()
 
     @classmethod
@@ -187,9 +192,8 @@ class Batch:
     @cached_property
     def lengths(self) -> Tensor:
         """[S] int64: live tokens of each sequence."""
-        return torch.zeros(self.sequences, dtype=torch.int64, device=self.target.device).index_add_(
-            0, self.sequence, torch.ones_like(self.sequence)
-        )
+        zeros = torch.zeros(self.sequences + 1, dtype=torch.int64, device=self.target.device)
+        return zeros.index_add_(0, self.sequence, torch.ones_like(self.sequence))[:-1]
 
     @property
     def pairs(self) -> int:
@@ -201,10 +205,13 @@ class Batch:
             )
         return self.sequences // 2
 
-    def count(self, unit: str) -> int:
-        """How many "tokens" (live), "sequences" (with or without live tokens) or "pairs" there are."""
+    def count(self, unit: str) -> int | Tensor:
+        """How many "tokens" (live), "sequences" (with or without live tokens) or "pairs" there are.
+
+        A tensor [] for the tokens of a batch of fixed length, whose number the host does not know.
+        """
         if unit == "tokens":
-            return self.rows.numel()
+            return self.rows.numel() if self.valid is None else self.valid.sum()
         if unit == "sequences":
             return self.sequences
         if unit == "pairs":
@@ -213,12 +220,24 @@ class Batch:
 
     # ---- the live view, and parts of it ------------------------------------------------------------------
 
-    def live(self) -> Batch:
+    def live(self, most: int | None = None) -> Batch:
         """The same batch, packed, with live tokens only: per-token fields are [n], target included.
 
-        `rows` still points into the original flattened hidden.
+        `rows` still points into the original flattened hidden. With `most` there are that many tokens,
+        whatever the data: behind the live ones come some of a sequence that is none, with zeros in every
+        field and in `valid`; sums, means and weights leave them out.
         """
-        return self if self.is_live else self._take(self.rows, self.rows, self.sequence, self.lengths)
+        if self.is_live:
+            return self
+        if most is not None:
+            found = Rows.where(self.target.reshape(-1) != IGNORE_INDEX, most)
+            assert isinstance(found.index, Tensor)
+            self = copy.copy(self)
+            self.rows, self.valid = found.index, found.valid
+            self.surplus = (self.target != IGNORE_INDEX).sum() > most
+            for name in ("sequence", "lengths"):
+                self.__dict__.pop(name, None)
+        return self._take(self.rows, self.rows, self.sequence, self.lengths)
 
     def take_tokens(self, index: Tensor) -> Batch:  # [k] positions among the live tokens
         """Some tokens of a live batch; whatever is per sequence stays whole, `lengths` included."""
@@ -250,10 +269,12 @@ class Batch:
     def _take(self, flat: Tensor, rows: Tensor, sequence: Tensor, lengths: Tensor) -> Batch:
         """A live batch of the tokens that stand at `flat` in this batch's flattened per-token fields."""
         part = copy.copy(self)
-        part.target = self.target.reshape(-1)[flat]
+        part.valid = self.valid if self.valid is None or not self.is_live else self.valid[flat]
+        chosen = Rows(flat, self.target.numel(), part.valid)
+        part.target = chosen.take(self.target.reshape(-1))
         for name in self._per_token():
             field = getattr(self, name)
-            setattr(part, name, None if field is None else field.reshape(-1)[flat])
+            setattr(part, name, None if field is None else chosen.take(field.reshape(-1)))
         part.cu_seqlens = None
         part.is_live = True
         # the cached layout of the part, known without another look at the targets
@@ -275,8 +296,8 @@ class Batch:
         """
         if self.token_weight is not None:
             x = x * self.token_weight.to(x.dtype)
-        zeros = torch.zeros(self.sequences, dtype=torch.float64, device=x.device)
-        return zeros.index_add(0, self.sequence, x.double()).to(x.dtype)
+        zeros = torch.zeros(self.sequences + 1, dtype=torch.float64, device=x.device)
+        return zeros.index_add(0, self.sequence, x.double())[:-1].to(x.dtype)
 
     def mean(self, x: Tensor) -> Tensor:  # [n] -> [S]
         """`sum(x)` divided by the number of live tokens; 0 for a sequence without any."""
@@ -284,7 +305,30 @@ class Batch:
 
     def spread(self, x: Tensor) -> Tensor:  # [S] -> [n]
         """The value of its sequence, for every token."""
-        return x[self.sequence]
+        return x[self.sequence] if self.valid is None else x[self.sequence.clamp(max=self.sequences - 1)]
+
+    def token_mean(self, x: Tensor) -> Tensor:  # [n] -> []
+        """The mean over live tokens, for metrics."""
+        if self.valid is None:
+            return x.mean()
+        return torch.where(self.valid, x, 0).sum() / self.valid.sum()
+
+    def stat(self, name: str, who: str) -> Tensor:  # -> [n]
+        """A statistic of the tokens besides logp, differentiable: "entropy", "lse" or "average" (mean logit).
+
+        There are those that the loss names in `reads`.
+        """
+        if name not in self.stats:
+            raise ValueError(
+                f"{who} takes {name!r} of the tokens, and its `reads` names {sorted(self.stats)}; "
+                "add it there."
+            )
+        return self.stats[name]
+
+    def with_stats(self, stats: dict[str, Tensor]) -> Batch:
+        part = copy.copy(self)
+        part.stats = stats
+        return part
 
     def chosen(self, x: Tensor) -> Tensor:  # [S] -> [P]
         return x[: self.pairs]

@@ -33,9 +33,9 @@ class Humanline:
     def clip(self, log_ratio: Tensor) -> Tensor:  # [...] -> [...]
         return torch.clamp(log_ratio, self.log_eps_p, self.log_eps_r)
 
-    def unclipped(self, log_ratio: Tensor) -> Tensor:  # [n] -> []
-        """Share of the tokens whose log-ratio lies strictly inside the bounds."""
-        return ((log_ratio > self.log_eps_p) & (log_ratio < self.log_eps_r)).float().mean()
+    def inside(self, log_ratio: Tensor) -> Tensor:  # [...] -> [...] bool
+        """Whether a log-ratio lies strictly inside the bounds."""
+        return (log_ratio > self.log_eps_p) & (log_ratio < self.log_eps_r)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import oracles
 REGISTRY: dict[str, type[fa.Loss]] = dict(fa.Loss.registry)
 
 _SETTINGS: dict[str, list[fa.Loss]] = {
+    "sft": [fa.SFT(), fa.SFT(label_smoothing=0.2), fa.SFT(label_smoothing=0.1, z_loss=0.05)],
     "dpo": [fa.DPO(), fa.DPO(beta=0.5, label_smoothing=0.2)],
     "ipo": [fa.IPO(), fa.IPO(tau=0.4, normalize=False)],
     "kto": [fa.KTO(), fa.KTO(beta=0.5, desirable_weight=1.3, undesirable_weight=0.7)],
@@ -25,6 +26,7 @@ _SETTINGS: dict[str, list[fa.Loss]] = {
         fa.GRPO(beta=0.2, kl="k1", kl_correction=True, aggregation="constant", max_length=50),
         fa.GRPO(eps_high=0.4, beta=0.2, kl="k2", aggregation="seq_mean_token_sum"),
         fa.GRPO(beta=0.2, kl="k3", kl_correction=True),
+        fa.GRPO(entropy_coef=0.1),
     ],
     "ppo": [fa.PPO(), fa.PPO(eps_low=0.3, eps_high=0.1)],
 }
@@ -217,10 +219,13 @@ def oracle_loss(
     return value, gradients(value, leaves)
 
 
-def plans_for(loss: fa.Loss | None, frozen_head: bool = False) -> list[str]:
+def plans_for(loss: fa.Loss | None, frozen_head: bool = False, capped: bool = False) -> list[str]:
     """Every plan that can serve a gradient: of a loss, or of log-probs (None)."""
     plans = ["auto", "recompute"]
-    if frozen_head:
+    reads = () if loss is None else loss.reads
+    if capped and {"entropy", "average"} & {*reads}:
+        return plans
+    if frozen_head and "entropy" not in reads:
         plans.append("jacobian")
     if loss is not None:
         plans.append("single" if loss.item == "token" else "window")

@@ -42,20 +42,31 @@ def logits(
     return z / temperature
 
 
+def live_logits(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    live: Tensor,  # [...] bool
+    *,
+    temperature: float | Tensor = 1.0,
+    **head,
+) -> Tensor:  # [..., V]
+    """Logits; at ignored positions of a hidden and a temperature that hold nothing bad."""
+    if isinstance(temperature, Tensor):
+        temperature = torch.where(live, temperature, 1.0)
+    return logits(torch.where(live[..., None], hidden, 0), weight, temperature=temperature, **head)
+
+
 def token_stats(
     hidden: Tensor,  # [..., H]
     weight: Tensor,  # [V, H]
     target: Tensor,  # [...]
     *,
     ignore_index: int = IGNORE,
-    temperature: float | Tensor = 1.0,
     **head,
 ) -> tuple[Tensor, Tensor, Tensor]:  # logp, entropy, lse, each [...]
     """log p(y), the entropy and the log-sum-exp of every live token; 0 at ignored ones."""
     live = target != ignore_index
-    if isinstance(temperature, Tensor):
-        temperature = torch.where(live, temperature, 1.0)
-    z = logits(torch.where(live[..., None], hidden, 0), weight, temperature=temperature, **head)
+    z = live_logits(hidden, weight, live, **head)
     log_p = torch.log_softmax(z, dim=-1)
     picked = one_hot(torch.where(live, target, 0), weight.shape[0]).bool()
     logp = torch.where(picked, log_p, 0).sum(-1)
@@ -81,6 +92,7 @@ class Tokens:
     kl: Tensor | float | None = None  # []
     humanline: tuple[float, float] | None = None  # log eps_P, log eps_R
     normalizer: float | None = None
+    logits: Tensor | None = None  # [S, T, V]
 
     @property
     def rows(self) -> range:
@@ -117,9 +129,17 @@ class Tokens:
         return total / (max(count, 1) if self.normalizer is None else self.normalizer)
 
 
-def sft(x: Tokens) -> Tensor:
-    """-mean_t log pi(y_t) over all live tokens."""
-    items = [-(x.weight(s) * x.live(x.logp, s)).sum() for s in x.rows]
+def sft(x: Tokens, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+    """-mean_t sum_v q_v log pi(v) over all live tokens, q = (1-e) [v = y] + e / V; plus z_loss log(Z)^2."""
+    items = []
+    for s in x.rows:
+        item = -(1 - label_smoothing) * x.live(x.logp, s)
+        if label_smoothing or z_loss:
+            assert x.logits is not None
+            z = x.live(x.logits, s)
+            item = item - label_smoothing * torch.log_softmax(z, -1).mean(-1)
+            item = item + z_loss * z.logsumexp(-1) ** 2
+        items.append((x.weight(s) * item).sum())
     return x.mean(items, sum(x.length(s) for s in x.rows))
 
 
@@ -190,8 +210,9 @@ def grpo(
     kl_correction: bool,
     aggregation: str,
     max_length: int | None,
+    entropy_coef: float = 0.0,
 ) -> Tensor:
-    """-min(min(rho, delta) A, clip(rho, 1-eps_low, 1+eps_high) A) + beta k   (arXiv 2402.03300)."""
+    """-min(min(rho, delta) A, clip(rho, 1-eps_low, 1+eps_high) A) + beta k   (arXiv 2402.03300), - coef entropy."""
     assert x.advantage is not None
     items = []
     for s in x.rows:
@@ -202,6 +223,10 @@ def grpo(
         token = -torch.minimum(capped * adv, rho.clamp(1 - eps_low, 1 + eps_high) * adv)
         if beta != 0:
             token = token + beta * _kl(x, s, kl) * (rho if kl_correction else 1)
+        if entropy_coef:
+            assert x.logits is not None
+            log_p = torch.log_softmax(x.live(x.logits, s), -1)
+            token = token + entropy_coef * (log_p.exp() * log_p).sum(-1)
         total = (x.weight(s) * token).sum()
         if aggregation == "seq_mean_token_mean":
             total = total / max(x.length(s), 1)
@@ -242,4 +267,6 @@ def align_loss(
 ) -> Tensor:  # []
     """The loss through dense logits."""
     logp, _, _ = token_stats(hidden, weight, target, **head)
-    return LOSSES[name](Tokens(logp, target != IGNORE, **columns), **options)
+    live = target != IGNORE
+    z = live_logits(hidden, weight, live, **head)
+    return LOSSES[name](Tokens(logp, live, logits=z, **columns), **options)

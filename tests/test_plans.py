@@ -180,7 +180,7 @@ def test_gradcheck(loss: fa.Loss):
     humanline = HUMANLINE if loss.anchor else None
 
     for frozen in (False, True):
-        for plan in plans_for(loss, frozen_head=frozen)[1:]:
+        for plan in plans_for(loss, frozen_head=frozen, capped=True)[1:]:
             names = ("hidden",) if frozen else ("hidden", "weight", "bias")
 
             def value(moved: dict[str, torch.Tensor], plan: str = plan) -> torch.Tensor:
@@ -270,6 +270,12 @@ def passes(case: Case, loss: fa.Loss, frozen: bool = False, grad: bool = True, *
     return sum(gemms(run)) / one
 
 
+def share_with_coefficient(case: Case, loss: fa.Loss) -> float:
+    """f: live tokens whose log-prob the loss has a gradient in."""
+    _, grads = run_loss(case, loss, backend="eager")
+    return int(grads["hidden"].ne(0).any(-1).sum()) / int(case.mask.sum())
+
+
 @pytest.mark.parametrize("loss", [fa.SFT(), fa.DPO(), fa.KTO(), fa.PPO()], ids=loss_id)
 def test_gemm_passes(loss: fa.Loss):
     case = big_case().to(torch.float32)
@@ -277,8 +283,9 @@ def test_gemm_passes(loss: fa.Loss):
     forward_plan = "single" if loss.item == "token" else "window"
     assert passes(case, loss, grad=False, **budget) == pytest.approx(1, rel=0.01)
     assert passes(case, loss, frozen=True, plan="jacobian", **budget) == pytest.approx(2, rel=0.01)
-    assert passes(case, loss, plan="recompute", **budget) == pytest.approx(4, rel=0.01)
-    assert passes(case, loss, plan=forward_plan, **budget) <= 3 * 1.01
+    f = share_with_coefficient(case, loss)
+    assert passes(case, loss, plan="recompute", **budget) == pytest.approx(1 + 3 * f, rel=0.01)
+    assert passes(case, loss, plan=forward_plan, **budget) <= (1 + 2 * f) * 1.05  # down to 16 rows of a chunk
     # what auto takes: the fewest passes that fit
     assert passes(case, loss, grad=False) == pytest.approx(1, rel=0.01)
     assert passes(case, loss, frozen=True) <= 2 * 1.01

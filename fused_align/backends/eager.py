@@ -23,8 +23,8 @@ def dense_stats(
     logit_scale: float,
     softcap: float | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logp, entropy, lse [n] in `dtype`, by log_softmax over full logits; differentiable through autograd."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy, lse and mean logit [n] in `dtype`, of full logits; differentiable through autograd."""
     logits = hidden.to(dtype) @ weight.to(dtype).t()
     if bias is not None:
         logits = logits + bias.to(dtype)
@@ -35,4 +35,4 @@ def dense_stats(
     lse = logits.logsumexp(1)
     logps = logits - lse[:, None]
     entropy = -(logps.exp() * logps).sum(1)
-    return logps.gather(1, target[:, None]).squeeze(1), entropy, lse
+    return logps.gather(1, target[:, None]).squeeze(1), entropy, lse, logits.mean(1)

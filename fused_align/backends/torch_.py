@@ -10,6 +10,7 @@ Every tensor argument is one tile or one vector of rows; `fused_align.linear.pas
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch import Tensor
 LOG2E = 1 / math.log(2)
 LN2 = math.log(2)
 GATHER_BYTES = 1 << 20  # the target rows of the weight are gathered in blocks of this size
+HALF = (torch.bfloat16, torch.float16)
+SPARE = 6  # bytes per element of a CPU's 16-bit GEMM: its product, and that widened
 
 
 def why_not(device: torch.device) -> str | None:
@@ -24,24 +27,70 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-def gemm(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 0.0, rounded: bool = False):
-    """out [m, n] <- beta*out + alpha * a [m, k] @ b [k, n], accumulated in out's dtype.
+def gemm(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    alpha: float = 1.0,  # with beta=1 and 16-bit operands: 1
+    beta: float = 0.0,  # 0 or 1
+    split: bool = False,
+    spare: Tensor | None = None,
+) -> None:
+    """out [m, n] <- beta*out + alpha * a [m, k] @ b [k, n], summed in out's dtype.
 
-    16-bit operands: exact products with sums in out's dtype. CUDA has such a GEMM; a CPU upcasts them.
-    rounded=True instead takes the GEMM's own 16-bit output, which is faster on a CPU.
+    Two bfloat16 operands are multiplied as they are. CUDA gives the sums in float32. A CPU rounds them to
+    bfloat16; with `split` (and beta=0) what that lost is formed by a second product and added. All other
+    pairs are cast to out's dtype first, but for float16 on CUDA where the result is not added to.
+    spare: flat bytes for a CPU's 16-bit products, `SPARE` per element of out.
     """
-    if a.dtype == b.dtype == out.dtype:
-        torch.addmm(out, a, b, alpha=alpha, beta=beta, out=out)
+    on_cpu = out.device.type == "cpu"
+    if a.dtype != b.dtype or a.dtype not in ((torch.bfloat16,) if on_cpu or beta else HALF):
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), alpha=alpha, beta=beta, out=out)
         return
-    half = next((t.dtype for t in (a, b) if t.dtype in (torch.bfloat16, torch.float16)), None)
-    # float16 lacks the range of the exponentials' tile, so it is paired with float32 by upcasting instead
-    if half is not None and a.dtype != b.dtype and half == torch.bfloat16 and (rounded or out.is_cuda):
-        a, b = a.to(half), b.to(half)
-    if a.dtype == b.dtype == half and (rounded or out.is_cuda):
-        product = torch.mm(a, b) if rounded else torch.mm(a, b, out_dtype=out.dtype)
-        out.mul_(beta).add_(product, alpha=alpha) if beta else torch.mul(product, alpha, out=out)
-        return
-    torch.addmm(out, a.to(out.dtype), b.to(out.dtype), alpha=alpha, beta=beta, out=out)
+    if on_cpu:
+        assert spare is not None
+        _gemm_in_parts(out, a, b, bool(beta), split, spare)
+    elif not beta:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    elif _adds_in_float32(out.device):
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    else:
+        out.add_(torch.mm(a, b, out_dtype=out.dtype))
+    if alpha != 1:
+        out.mul_(alpha)
+
+
+def _gemm_in_parts(out: Tensor, a: Tensor, b: Tensor, add: bool, split: bool, spare: Tensor) -> None:
+    """bfloat16 on a CPU. Sums of two dtypes would make a copy of one of them, so they are widened first."""
+    count = out.numel()
+    first = spare[: 2 * count].view(a.dtype).view(out.shape)
+    rest = spare[-(-2 * count // 64) * 64 :]
+    wide = rest[: 4 * count].view(out.dtype).view(out.shape)
+    if split:
+        high = rest[: 2 * count].view(a.dtype).view(out.shape)
+        torch.mm(a, b, out=high)
+        torch.addmm(high, a, b, beta=-1, out=first)
+        out.copy_(high)
+    else:
+        torch.mm(a, b, out=first)
+    if split or add:
+        out.add_(wide.copy_(first))
+    else:
+        out.copy_(first)
+
+
+@cache
+def _adds_in_float32(device: torch.device) -> bool:
+    """Whether this torch's addmm takes 16-bit factors with a float32 sum; some releases do, some refuse."""
+    half, whole = (
+        torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float32)
+    )
+    try:
+        torch.ops.aten.addmm.dtype_out(whole, half, half, whole.dtype, out=whole)
+    except RuntimeError:
+        return False
+    return True
 
 
 def target_logit(
@@ -67,31 +116,31 @@ def exponents(
     x: Tensor,  # [n, H]
     weight: Tensor,  # [v, H]
     bias: Tensor | None,  # [v]
-    ref: Tensor | None,  # [n]
+    ref: Tensor,  # [n]
     *,
     inner: float,  # factor of the logit inside tanh; used iff capped
     gain: float | Tensor,  # [n]; base-2 exponent per unit of (capped) logit
     square: Tensor | None,  # [n, v] out: tanh^2; given iff capped
-    rounded: bool,
+    split: bool,
+    spare: Tensor | None,
 ) -> None:
-    """tile <- z log2(e) - ref for one tile of the vocabulary; ref=None means 0."""
-    capped = square is not None
-    alpha = inner if capped else gain if isinstance(gain, float) else 1.0
-    start = not capped and isinstance(gain, float) and ref is not None
-    if start and ref is not None:
+    """tile <- z log2(e) - ref for one tile of the vocabulary."""
+    if square is None and isinstance(gain, float) and x.dtype == weight.dtype == tile.dtype:
         tile.copy_(ref.neg()[:, None].expand_as(tile))
-    if x.dtype != weight.dtype:  # neither operand is rounded to the other's dtype
-        x, weight = x.to(tile.dtype), weight.to(tile.dtype)
-    gemm(tile, x, weight.t(), alpha=alpha, beta=1.0 if start else 0.0, rounded=rounded)
+        gemm(tile, x, weight.t(), alpha=gain, beta=1.0)
+        if bias is not None:
+            tile.add_(bias.to(tile.dtype), alpha=gain)
+        return
+    alpha = 1.0 if square is None else inner
+    gemm(tile, x, weight.t(), alpha=alpha, split=split, spare=spare)
     if bias is not None:
         tile.add_(bias.to(tile.dtype), alpha=alpha)
-    if capped:
-        tile.tanh_()
-        torch.mul(tile, tile, out=square)
-    if capped or not isinstance(gain, float):
-        tile.mul_(gain[:, None] if isinstance(gain, Tensor) else gain)
-        if ref is not None:
-            tile.sub_(ref[:, None])
+    if square is not None:
+        torch.mul(tile.tanh_(), tile, out=square)
+    if isinstance(gain, Tensor):
+        torch.addcmul(ref.neg()[:, None], tile, gain[:, None], out=tile)
+    else:
+        torch.add(ref.neg()[:, None], tile, alpha=gain, out=tile)
 
 
 def exp_tile(tile: Tensor, target: Tensor) -> None:
@@ -123,11 +172,11 @@ def add_target_rows(
         rows.addcmul_(_gather(weight, y, operand).to(out.dtype), c[:, None])
 
 
-def add_hidden_rows(out: Tensor, column: Tensor, x: Tensor, rows: Tensor, coef: Tensor) -> None:
-    """out[column] += coef * x[rows]: the target term of dweight. out [v, H], x [n, H], the others [k]."""
+def add_hidden_rows(out: Tensor, column: Tensor, x: Tensor, coef: Tensor) -> None:
+    """out[column] += coef * x: the target term of dweight. out [v, H], x [n, H], column and coef [n]."""
     block = max(1, GATHER_BYTES // (out.shape[1] * out.element_size()))
-    for c, r, k in zip(column.split(block), rows.split(block), coef.split(block), strict=True):
-        out.index_add_(0, c, x[r].to(out.dtype) * k[:, None])
+    for c, rows, k in zip(column.split(block), x.split(block), coef.split(block), strict=True):
+        out.index_add_(0, c, rows.to(out.dtype) * k[:, None])
 
 
 def _gather(weight: Tensor, index: Tensor, operand: torch.dtype | None) -> Tensor:

@@ -1,13 +1,15 @@
 """Plans `single` and `window`: gradients formed during the forward, while a chunk's exponentials are at hand.
 
 A chunk is some whole items (tokens, sequences or pairs). Its log-probs give its part of the loss and, by
-autograd on [r]-sized vectors, the coefficients dLoss/dlogp; its gradient GEMMs run at once: 3 passes, where
-a log-prob whose coefficient comes later needs 4.
+autograd on [r]-sized vectors, the coefficients dLoss/dlogp; rows whose coefficient is 0 are dropped, and the
+gradient GEMMs of the others run at once: 3 passes at most, where a log-prob whose coefficient comes later
+needs 4. An item with more tokens than a chunk holds is walked in parts, whose tiles are computed again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,98 +17,236 @@ from torch.autograd.function import once_differentiable
 
 from ..batch import Batch
 from ..losses.base import Objective
-from .ops import check_range, check_temperature, run_walk
-from .passes import Gradients, Head, Index, Walk, coefficients, load
+from ..rows import Rows
+from .coefficients import FEW, Coefficients, Upstream, coefficients
+from .gradients import Gradients, Targets
+from .ops import check_range, check_temperature, per_row, run_walk
+from .passes import Chunk, Head, Walk, load
 from .plan import Plan, Problem
+
+STATS = ("logp", "lse", "entropy", "average")  # of Stats and Upstream, in this order
+
+
+@dataclass(frozen=True)
+class Call:
+    """What does not change between the chunks of one call."""
+
+    head: Head
+    objective: Objective
+    plan: Plan
+    problem: Problem
+    temperature: float | Tensor  # [M]
+    main_grad: Tensor | None = None  # [V, H]
+    grad_scale: float | None = None
 
 
 class FusedLoss(torch.autograd.Function):
-    """(hidden [M, H], weight, bias) -> loss [], logp [n] of the live rows (not differentiable)."""
+    """(hidden [M, H], weight, bias) -> loss [], and stats [4, n] of the live rows (not differentiable)."""
 
     @staticmethod
     def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        temperature: float | Tensor,  # [M]
-        head: Head,
-        objective: Objective,
-        plan: Plan,
-        problem: Problem,
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor]:
-        needs = ctx.needs_input_grad[:3]
-        batch = objective.batch
-        everything = batch.rows.numel() == hidden.shape[0]
-        head = Head(weight, bias, head.logit_scale, head.softcap, head.operand, head.rounded)
-        grads = Gradients(head, hidden, batch.rows.numel(), needs, complete=True)
-        logp = torch.zeros(batch.rows.numel(), dtype=problem.work, device=hidden.device)
-        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        if isinstance(temperature, Tensor):
-            check_temperature(temperature[batch.rows])
-
-        def body(walk: Walk) -> None:
-            nonlocal loss
-            done = 0
-            for part, places, weights in chunks(objective, plan, problem.coupling):
-                rows: Index = (
-                    slice(places.start, places.stop)
-                    if everything and isinstance(places, slice)
-                    else part.rows
-                )
-                y = check_range(part.target, weight.shape[0])
-                temper = temperature if not isinstance(temperature, Tensor) else temperature[rows]
-                chunk = load(head, hidden, rows, y, temper)
-                kept = walk.complete(y.numel())
-                walk.forward(chunk, keep=kept)
-                value = chunk.finish()[0].to(problem.work)
-                if y is not part.target:
-                    value = torch.where(y == part.target, value, torch.nan)
-                logp[places] = value
-                with torch.enable_grad():
-                    leaf = value.detach().requires_grad_()
-                    total = objective.total(leaf, part, weights)
-                dlogp = torch.zeros_like(leaf)
-                if total.requires_grad:  # a loss may be constant in these tokens
-                    (dlogp,) = torch.autograd.grad(total, leaf)
-                loss = loss + total.detach().double()
-                scale = chunk.tame(dlogp)
-                if bool((scale != 1).any()):
-                    kept.mul_(scale[:, None])
-                coef, mine = coefficients(chunk, dlogp), walk.by_tile(y)
-                walk.backward(chunk, slice(done, done + y.numel()), coef, mine, grads, kept=kept)
-                done += y.numel()
-
-        run_walk(head, plan, problem, body)  # items without tokens count too, when there is none at all
-        if not batch.rows.numel():
-            grads.clear()
-        ctx.grads = grads.finish()
+        # the tensors as autograd hands them over: detached
+        call = replace(call, head=replace(call.head, weight=weight, bias=bias))
+        run = _Run(call, hidden, ctx.needs_input_grad[:3])
+        run_walk(
+            call.head, call.plan, call.problem, run.all
+        )  # items without tokens count too, if all have none
+        ctx.grads, ctx.grad_scale = run.grads, call.grad_scale
+        ctx.into_main = call.main_grad is not None
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(logp)
-        return loss.to(problem.work), logp
+        ctx.mark_non_differentiable(run.stats)
+        return run.loss.to(call.problem.work), run.stats
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss: Tensor, _dlogp: Tensor | None):  # type: ignore[override]
+    def backward(ctx, dloss: Tensor, _dstats: Tensor | None):  # type: ignore[override]
         if ctx.grads is None:
             raise RuntimeError(
                 "align_loss: backward ran a second time. Plans 'single' and 'window' form the gradients in "
                 "the forward and hand them over once; call align_loss again, or pass plan='recompute'."
             )
         grads, ctx.grads = ctx.grads, None
+        known = 1.0 if ctx.grad_scale is None else ctx.grad_scale
         # on a CPU reading the scalar costs nothing and saves a pass; elsewhere it would stall the device
-        if dloss.device.type != "cpu" or dloss.item() != 1:
+        on_cpu = dloss.device.type == "cpu"
+        if ctx.grad_scale is not None and on_cpu and dloss.item() != torch.tensor(known, dtype=dloss.dtype):
+            raise RuntimeError(
+                f"align_loss: the loss was multiplied by {dloss.item():.8g} before backward, and grad_scale="
+                f"{known:.8g} was promised; the gradients are formed with that already. Pass the factor "
+                "as grad_scale."
+            )
+        if ctx.grad_scale is None and not (on_cpu and dloss.item() == 1):
             for grad in grads:
                 if grad is not None:
                     grad.mul_(dloss)
         grads = (None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
-        return *grads, None, None, None, None, None
+        return *grads, None
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    stats: Tensor  # [4, r]
+    loss: Tensor  # []
+    up: Upstream
+    order: Tensor  # [r] rows with a coefficient first, in order
+    ref: Tensor  # [r] the references before steep coefficients moved some
+    counts: Tensor  # [3] rows with a coefficient; whether rows were lost; whether references moved
+
+
+class _Run:
+    """The forward of one call: chunk after chunk, their losses and their gradients."""
+
+    def __init__(self, call: Call, hidden: Tensor, needs: tuple[bool, bool, bool]) -> None:
+        self.call, self.hidden, self.needs = call, hidden, needs
+        batch, work = call.objective.batch, call.problem.work
+        self.reads = (True, *(name in call.objective.loss.reads for name in STATS[1:]))
+        self.stats = torch.zeros(4, batch.rows.numel(), dtype=work, device=hidden.device)
+        self.loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        self.grads: tuple[Tensor | None, ...] = ()
+        if isinstance(call.temperature, Tensor):
+            rows = Rows(batch.rows, call.problem.given, batch.valid)
+            check_temperature(per_row(call.temperature, rows))  # type: ignore[arg-type]
+
+    def all(self, walk: Walk) -> None:
+        call, problem = self.call, self.call.problem
+        self.average = call.head.average(walk.cols) if self.reads[3] else None
+        into = Gradients(
+            walk, self.hidden, self.needs, main_grad=call.main_grad,
+            average=None if self.average is None or problem.capped else self.average[0],
+            by_slice=problem.rows <= call.plan.rows, late=call.grad_scale is None,
+            padded=problem.static,
+        )  # fmt: skip
+        for part, places, weights in chunks(call.objective, call.plan, problem.coupling):
+            everything = len(part.rows) and problem.rows == problem.given and isinstance(places, slice)
+            rows = Rows(places if everything and not problem.static else part.rows, problem.given, part.valid)
+            pieces = list(rows.split(call.plan.rows))
+            if len(pieces) > 1:
+                self._apart(walk, into, part, places, weights, rows, pieces)
+            else:
+                self._together(walk, into, part, places, weights, rows)
+        self.grads = into.finish()
+
+    def _load(self, part: Batch, rows: Rows, at: slice) -> Chunk:
+        call = self.call
+        y = check_range(part.target[at], call.head.weight.shape[0])
+        x = rows.take(self.hidden)
+        return load(
+            call.head, x, y, per_row(call.temperature, rows), entropy=self.reads[2], average=self.average
+        )
+
+    def _stats(self, chunk: Chunk, target: Tensor) -> Tensor:  # -> [4, r]
+        logp, lse, _, _ = chunk.finish()
+        if chunk.target is not target:
+            logp = torch.where(chunk.target == target, logp, torch.nan)
+        zero = torch.zeros_like(logp)
+        entropy = chunk.entropy() if self.reads[2] else zero
+        average = zero if chunk.average is None else chunk.average
+        return torch.stack([logp, lse, entropy, average]).to(self.call.problem.work)
+
+    def _upstream(self, stats: Tensor, part: Batch, weights: Tensor) -> tuple[Tensor, Upstream]:
+        """The part of the loss of whole items, and its gradients by their statistics."""
+        with torch.enable_grad():
+            leaves = [
+                row.detach().requires_grad_() for row, read in zip(stats, self.reads, strict=True) if read
+            ]
+            names = [name for name, read in zip(STATS, self.reads, strict=True) if read]
+            total = self.call.objective.total(dict(zip(names, leaves, strict=True)), part, weights)
+        found: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        if total.requires_grad:  # a loss may be constant in these tokens
+            found = torch.autograd.grad(total, leaves, allow_unused=True)
+        scale = 1.0 if self.call.grad_scale is None else self.call.grad_scale
+        by_name = {name: grad * scale for name, grad in zip(names, found, strict=True) if grad is not None}
+        logp = by_name.pop("logp", None)
+        return total.detach().double(), Upstream(
+            torch.zeros_like(stats[0]) if logp is None else logp, **by_name
+        )
+
+    def _together(
+        self, walk: Walk, into: Gradients, part: Batch, places: slice | Tensor, weights: Tensor, rows: Rows
+    ) -> None:
+        """Whole items that fit: their exponentials are kept, and those of live rows multiplied."""
+        chunk = self._load(part, rows, slice(None))
+        kept = walk.complete(len(rows))
+        walk.walk(chunk, kept, None, watch=walk.watches)
+        found = self._evaluate(walk, chunk, part, weights)
+        count, moved = len(rows), True
+        if not self.call.problem.static:
+            count, lost, moved = found.counts.tolist()  # one small copy to the host
+            if lost and not walk.watches:
+                chunk.restart(self.call.head)
+                walk.walk(chunk, kept, None, watch=True)
+                found = self._evaluate(walk, chunk, part, weights)
+                count, _, moved = found.counts.tolist()
+        if not moved:
+            chunk.ref = found.ref
+        self.loss += found.loss
+        self.stats[:, places] = found.stats
+        if not count:
+            return
+        coef, live = self._coefficients(chunk, found.up, found.stats), None
+        count = max(count, min(FEW, len(rows)))
+        if count < len(rows):
+            live = found.order[:count]
+            rows, chunk, coef = rows[live], chunk.part(live), coef.part(live)
+        ends = None
+        if into.sliced:
+            ends = Targets(walk, self.hidden, rows, chunk.target, coef.target, self.call.problem.static)
+        into.add(rows, slice(0), chunk, coef, kept=kept, live=live, ends=ends)
+
+    def _evaluate(self, walk: Walk, chunk: Chunk, part: Batch, weights: Tensor) -> _Evaluated:
+        """A chunk's loss and coefficients after its walk, and what the host may want to know of them."""
+        stats = self._stats(chunk, part.target)
+        loss, up = self._upstream(stats, part, weights)
+        ref, lost, alive = chunk.ref, walk.lost(chunk), up.alive()
+        chunk.tame(up.size())
+        counts = torch.stack([alive.sum(), lost.long(), (chunk.ref != ref).any().long()])
+        return _Evaluated(stats, loss, up, torch.sort(~alive, stable=True).indices, ref, counts)
+
+    def _coefficients(self, chunk: Chunk, up: Upstream, stats: Tensor) -> Coefficients:
+        return coefficients(chunk, up, stats[2] if self.reads[2] else None, vocab=self.call.problem.vocab)
+
+    def _apart(
+        self,
+        walk: Walk,
+        into: Gradients,
+        part: Batch,
+        places: slice | Tensor,
+        weights: Tensor,
+        rows: Rows,
+        pieces: list[tuple[Rows, slice]],
+    ) -> None:
+        """One item too large to keep: walked piece by piece, and again once its coefficients are known."""
+        walked, found = [], []
+        for piece, at in pieces:
+            chunk = self._load(part, piece, at)
+            walk.forward(chunk)
+            found.append(self._stats(chunk, part.target[at]))
+            walked.append(replace(chunk, x=None))
+        stats = torch.cat(found, 1)
+        loss, up = self._upstream(stats, part, weights)
+        self.loss += loss
+        self.stats[:, places] = stats
+        for (piece, at), chunk in zip(pieces, walked, strict=True):
+            some = up.part(at)
+            alive = some.alive().nonzero().squeeze(1)
+            if not alive.numel():
+                continue
+            chunk.tame(some.size())
+            coef = self._coefficients(chunk, some, stats[:, at])
+            piece, coef = piece[alive], coef.part(alive)
+            x = self.call.head.operands(piece.take(self.hidden))
+            into.add(piece, slice(0), chunk.part(alive, x), coef)
 
 
 def chunks(
     objective: Objective, plan: Plan, coupling: str | None
 ) -> Iterator[tuple[Batch, slice | Tensor, Tensor]]:
-    """Parts of the batch of at most plan.rows live tokens: (part, its places, its items' weights)."""
+    """Parts of the batch of at most plan.rows live tokens: (part, its places, its items' weights).
+
+    An item with more tokens is a part of its own.
+    """
     batch, weights = objective.batch, objective.weights
     if coupling == "token":
         for start in range(0, batch.rows.numel(), plan.rows):

@@ -42,6 +42,8 @@ def linear_logp(
     plan: str = "auto",
     precision: str = "high",
     workspace_bytes: int | None = None,
+    max_live: int | None = None,
+    main_grad: Tensor | None = None,  # [V, H]
 ) -> Tensor:
     """log p(target | hidden) of a linear head, per token, in nats; logits [N, V] never exist.
 
@@ -60,6 +62,11 @@ def linear_logp(
             product of hidden's shape for the backward. A budget below the smallest tile is raised to it.
             Default: 256 MiB on a CPU. (A hidden that can't be viewed as [N, H] is copied first: instead of
             hidden[:, :-1] pass all of it, with an ignored last target, as `Batch.from_labels` makes it.)
+        max_live: a bound on the number of targets that are not ignored. With it nothing is read back from a
+            GPU: rows are padded to that number, and none is dropped for a coefficient of 0. More live targets
+            raise on a CPU; on a GPU those beyond are NaN.
+        main_grad: [V, H] float32 (float64 for float64 inputs): the backward adds the weight's gradient to it,
+            and returns none for the weight.
 
     Returns:
         logp [...] float32; float64 if hidden or weight is. Gradients come in their inputs' dtypes; that of
@@ -71,7 +78,7 @@ def linear_logp(
     """
     return _stats(
         "linear_logp", hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_index,
-        backend, plan, precision, workspace_bytes, entropy=False, lse=False,
+        backend, plan, precision, workspace_bytes, max_live, main_grad, entropy=False, lse=False,
     ).logp  # fmt: skip
 
 
@@ -89,6 +96,8 @@ def token_stats(
     plan: str = "auto",
     precision: str = "high",
     workspace_bytes: int | None = None,
+    max_live: int | None = None,
+    main_grad: Tensor | None = None,  # [V, H]
     entropy: bool = False,
     lse: bool = False,
 ) -> TokenStats:
@@ -99,7 +108,7 @@ def token_stats(
     """
     return _stats(
         "token_stats", hidden, weight, target, bias, temperature, logit_scale, softcap, ignore_index,
-        backend, plan, precision, workspace_bytes, entropy=entropy, lse=lse,
+        backend, plan, precision, workspace_bytes, max_live, main_grad, entropy=entropy, lse=lse,
     )  # fmt: skip
 
 
@@ -117,46 +126,96 @@ def _stats(
     plan: str,
     precision: str,
     workspace_bytes: int | None,
+    max_live: int | None,
+    main_grad: Tensor | None,
     *,
     entropy: bool,
     lse: bool,
 ) -> TokenStats:
     check_head(who, hidden, weight, bias, logit_scale, softcap, precision, workspace_bytes)
     check_target(who, hidden, target, temperature)
-    shape, size = target.shape, hidden.shape[-1]
-    flat, y = hidden.reshape(-1, size), target.reshape(-1)
+    check_max_live(who, max_live)
+    check_main_grad(who, hidden, weight, main_grad)
+    shape = target.shape
+    y = target.reshape(-1)
     if ignore_index != IGNORE_INDEX:
         y = torch.where(y == ignore_index, IGNORE_INDEX, y)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.detach().reshape(-1)
-    if backends.pick(backend, hidden.device) == "eager":
-        check_plan(plan)
-        found = _eager(flat, weight, bias, y, temperature, logit_scale, softcap)
-    else:
-        grad = torch.is_grad_enabled()
-        per_row = isinstance(temperature, Tensor)
-        found = torch.ops.fused_align.linear_logp_forward(
-            flat,
-            weight,
-            bias,
-            y,
-            temperature if per_row else None,
-            1.0 if per_row else float(temperature),
-            float(logit_scale),
-            None if softcap is None else float(softcap),
-            autocast_dtype(hidden, weight),
-            precision == "bf16",
-            plan,
-            workspace_bytes,
-            entropy,
-            grad and hidden.requires_grad,
-            grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
-        )
+    found = waist(
+        hidden.reshape(-1, hidden.shape[-1]), weight, y, bias,
+        temperature.detach().reshape(-1) if isinstance(temperature, Tensor) else temperature, logit_scale,
+        softcap, backends.pick(backend, hidden.device), plan, precision, workspace_bytes, max_live, main_grad,
+        entropy=entropy,
+    )  # fmt: skip
     return TokenStats(
-        found[0].reshape(shape),
-        found[1].reshape(shape) if entropy else None,
-        found[2].reshape(shape) if lse else None,
+        found["logp"].reshape(shape),
+        found["entropy"].reshape(shape) if entropy else None,
+        found["lse"].reshape(shape) if lse else None,
     )
+
+
+def waist(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [N], ignored ones -100
+    bias: Tensor | None,  # [V]
+    temperature: float | Tensor,  # [N]
+    logit_scale: float,
+    softcap: float | None,
+    backend: str,  # as picked
+    plan: str,
+    precision: str,
+    workspace_bytes: int | None,
+    max_live: int | None,
+    main_grad: Tensor | None,
+    *,
+    entropy: bool = False,
+    average: bool = False,
+) -> dict[str, Tensor]:
+    """logp, lse and, if asked for, entropy and average (the mean logit), [N] each, of checked arguments."""
+    grad = torch.is_grad_enabled()
+    if backend == "eager":
+        check_plan(plan)
+        if main_grad is not None and grad and weight.requires_grad:
+            weight = IntoMainGrad.apply(weight, main_grad)
+        found = _eager(hidden, weight, bias, target, temperature, logit_scale, softcap)
+        return dict(zip(("logp", "entropy", "lse", "average"), found, strict=True))
+    is_tensor = isinstance(temperature, Tensor)
+    logp, entropies, lse, mean, _, _ = torch.ops.fused_align.linear_logp_forward(
+        hidden,
+        weight,
+        bias,
+        target,
+        temperature if is_tensor else None,
+        main_grad,
+        1.0 if is_tensor else float(temperature),
+        float(logit_scale),
+        None if softcap is None else float(softcap),
+        autocast_dtype(hidden, weight),
+        precision == "bf16",
+        workspace_bytes,
+        max_live,
+        plan,
+        entropy,
+        average,
+        grad and hidden.requires_grad,
+        grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
+    )
+    found = {"logp": logp, "lse": lse}
+    return found | ({"entropy": entropies} if entropy else {}) | ({"average": mean} if average else {})
+
+
+class IntoMainGrad(torch.autograd.Function):
+    """The weight itself; its gradient is added to main_grad and ends there."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, main_grad: Tensor) -> Tensor:
+        ctx.main_grad = main_grad
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        ctx.main_grad.add_(grad)
+        return None, None
 
 
 def _eager(
@@ -245,6 +304,29 @@ def check_target(who: str, hidden: Tensor, target: Tensor, temperature: float | 
             )
     elif not temperature > 0:
         raise ValueError(f"{who}: temperature must be positive; got {temperature}.")
+
+
+def check_max_live(who: str, max_live: int | None) -> None:
+    if max_live is not None and (not isinstance(max_live, int) or max_live < 0):
+        raise ValueError(f"{who}: max_live must be a number of tokens or None; got {max_live!r}.")
+
+
+def check_main_grad(who: str, hidden: Tensor, weight: Tensor, main_grad: Tensor | None) -> None:
+    """Raises with a sentence if main_grad cannot take the gradient of weight."""
+    check_tensors(who, main_grad=main_grad)
+    if main_grad is None:
+        return
+    work = work_dtype(hidden, weight)
+    if main_grad.shape != weight.shape or main_grad.dtype != work or main_grad.device != weight.device:
+        raise ValueError(
+            f"{who}: main_grad must be {work} {list(weight.shape)} on {weight.device}, as the sum of the "
+            f"weight's gradients; got {main_grad.dtype} {list(main_grad.shape)} on {main_grad.device}."
+        )
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError(
+            f"{who}: main_grad takes the gradient of weight, and weight needs none. Call "
+            "weight.requires_grad_(), or drop main_grad."
+        )
 
 
 def check_precision(who: str, precision: str) -> None:

@@ -6,13 +6,16 @@ Absent outputs have size 0. Gradients of gradients are not defined, and asking f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from ..batch import IGNORE_INDEX
-from .passes import Chunk, Coefficients, Gradients, Head, Index, Walk, coefficients, load, work_dtype
+from ..rows import Rows
+from .coefficients import Coefficients, Upstream, coefficients
+from .gradients import Gradients, Targets
+from .passes import Chunk, Head, Walk, load, reload, work_dtype
 from .plan import Plan, Problem, choose
 from .workspace import lease
 
@@ -39,21 +42,6 @@ def check_temperature(temperature: Tensor) -> Tensor:  # [n] live
     return temperature
 
 
-def live_index(target: Tensor) -> tuple[Index, Tensor]:  # [M]
-    """The live rows (a slice where that is all of them) and their targets."""
-    rows = (target != IGNORE_INDEX).nonzero().squeeze(1)
-    if rows.numel() == target.numel():
-        return slice(0, target.numel()), target
-    return rows, target[rows]
-
-
-def chunked(index: Index, step: int) -> list[tuple[Index, slice]]:
-    """index in chunks of at most `step` rows, each with its place among the live ones."""
-    count = index.stop - index.start if isinstance(index, slice) else index.numel()
-    places = [slice(a, min(a + step, count)) for a in range(0, count, step)]
-    return [(place if isinstance(index, slice) else index[place], place) for place in places]
-
-
 def make_problem(
     head: Head, hidden: Tensor, live: int, *, grad_hidden: bool, grad_head: bool, **more: object
 ) -> Problem:
@@ -77,16 +65,24 @@ def make_problem(
 
 def run_walk(head: Head, plan: Plan, problem: Problem, body: Callable[[Walk], None]) -> None:
     """Runs body on a Walk with its scratch, without autocast: the steps choose their own dtypes."""
-    elements = plan.rows * plan.cols * problem.scratch(plan.name)
-    if plan.name in ("single", "window"):
-        elements += plan.rows * problem.vocab
-    device = problem.device
-    with torch.autocast(device.type, enabled=False), lease(elements, problem.work, device) as scratch:
-        body(Walk(head, plan, scratch))
+    nbytes = sum(problem.scratch(plan.name, plan.rows, plan.cols))
+    kind = problem.device.type
+    plain = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    with plain, lease(nbytes, problem.device) as scratch:
+        body(Walk(head, plan, problem, scratch))
 
 
-def _at(vector: Tensor | None, index: Index, otherwise: Any = None) -> Any:  # [M] -> [r]
-    return otherwise if vector is None else vector[index]
+def per_row(temperature: float | Tensor, rows: Rows) -> float | Tensor:  # [M] -> [r]
+    """The temperatures of some rows; 1 in padding."""
+    if not isinstance(temperature, Tensor):
+        return temperature
+    found = rows.take(temperature)
+    return found if rows.valid is None else torch.where(rows.valid, found, 1.0)
+
+
+def _is_jacobian(plan: str, frozen: bool, entropy: bool, capped_average: bool) -> bool:
+    """Whether the forward must keep E @ W: from flags alone, so that shapes are known when tracing."""
+    return frozen and (plan == "jacobian" or (plan == "auto" and not entropy and not capped_average))
 
 
 @torch.library.custom_op("fused_align::linear_logp_forward", mutates_args=())
@@ -96,97 +92,120 @@ def _forward(
     bias: Tensor | None,  # [V]
     target: Tensor,  # [M]
     temperature: Tensor | None,  # [M]
+    main_grad: Tensor | None,  # [V, H], for the backward
     scalar_temperature: float,
     logit_scale: float,
     softcap: float | None,
     operand: torch.dtype | None,
     rounded: bool,
-    plan: str,
     workspace_bytes: int | None,
+    max_live: int | None,
+    plan: str,
     entropy: bool,
+    average: bool,
     grad_hidden: bool,
     grad_head: bool,
 ) -> list[Tensor]:
-    """-> logp [M], entropy [M] or [0], lse [M], state [3 or 4, M] (see `load`), product [M, H] or [0]."""
+    """-> logp [M], entropy [M] | [0], lse [M], mean logit [M] | [0], state [3 or 4, M], product [M, H] | [0].
+
+    state: z, ref, S and, under a cap, the target's slope. All are 0 where ignored.
+    """
     head = Head(weight, bias, logit_scale, softcap, operand, rounded)
-    work = work_dtype(hidden, weight)
-    index, y = live_index(target)
+    work, grad = work_dtype(hidden, weight), grad_hidden or grad_head
+    rows = Rows.where(target != IGNORE_INDEX, max_live)
+    y = rows.take(target)
     safe = check_range(y, weight.shape[0])
-    if temperature is not None:
-        check_temperature(temperature[index])
+    temper = scalar_temperature if temperature is None else per_row(temperature, rows)
+    if isinstance(temper, Tensor):
+        check_temperature(temper)
+    jacobian = _is_jacobian(plan, grad_hidden and not grad_head, entropy, average and softcap is not None)
     problem = make_problem(
-        head, hidden, y.numel(), grad_hidden=grad_hidden, grad_head=grad_head, entropy=entropy,
-        entropy_grad=entropy and (grad_hidden or grad_head),
+        head, hidden, len(rows), grad_hidden=grad_hidden, grad_head=grad_head, entropy=entropy,
+        entropy_grad=entropy and grad, average_grad=average and grad, static=max_live is not None,
+        main_grad=main_grad is not None,
     )  # fmt: skip
-    chosen = choose(problem, plan, workspace_bytes)
-    logp, entropies, lse = (hidden.new_zeros(target.shape, dtype=work) for _ in range(3))
-    state = hidden.new_zeros((3 if softcap is None else 4, target.numel()), dtype=work)
-    jacobian = chosen.name == "jacobian"
-    fresh = hidden.new_zeros if problem.masked else hidden.new_empty
-    product = fresh(hidden.shape if jacobian else (0,), dtype=work)
+    chosen = choose(problem, "jacobian" if jacobian else plan, workspace_bytes)
+    means = head.average(chosen.cols) if average else None
+    width = rows.size + (rows.valid is not None)  # padding writes to a row of its own
+
+    def new(*shape: int) -> Tensor:
+        return hidden.new_zeros(shape, dtype=work)
+
+    logp, lse, state = new(width), new(width), new(3 if softcap is None else 4, width)
+    entropies, mean = new(width if entropy else 0), new(width if average else 0)
+    product = new(width, hidden.shape[1]) if jacobian else new(0)
 
     def body(walk: Walk) -> None:
-        for rows, place in chunked(index, chosen.rows):
+        for part, at in rows.split(chosen.rows):
+            index = part.index
             chunk = load(
                 head,
-                hidden,
-                rows,
-                safe[place],
-                _at(temperature, rows, scalar_temperature),
+                part.take(hidden),
+                safe[at],
+                temper[at] if isinstance(temper, Tensor) else temper,
                 entropy=entropy,
+                average=means,
             )
-            part = None
+            made = None
             if jacobian:
-                part = (
-                    product[rows] if isinstance(rows, slice) else chunk.x.new_empty(chunk.x.shape, dtype=work)
-                )
-            walk.forward(chunk, product=part)
+                made = product[index] if isinstance(index, slice) else new(len(part), hidden.shape[1])
+            walk.forward(chunk, product=made)
             value, lse_rows, _, inverse = chunk.finish()
             if safe is not y:
-                value = torch.where(safe[place] == y[place], value, torch.nan)
-            logp[rows], lse[rows] = value.to(work), lse_rows.to(work)
-            state[0, rows], state[1, rows], state[2, rows] = chunk.z, chunk.ref, chunk.total
+                value = torch.where(safe[at] == y[at], value, torch.nan)
+            logp[index], lse[index] = value.to(work), lse_rows.to(work)
+            state[0, index], state[1, index], state[2, index] = chunk.z, chunk.ref, chunk.total
             if chunk.slope is not None:
-                state[3, rows] = chunk.slope
+                state[3, index] = chunk.slope
             if entropy:
-                entropies[rows] = chunk.entropy().to(work)
-            if part is not None:
-                part.mul_((inverse * chunk.factor).to(work)[:, None])
-                if not isinstance(rows, slice):
-                    product[rows] = part
+                entropies[index] = chunk.entropy().to(work)
+            if chunk.average is not None:
+                mean[index] = chunk.average.to(work)
+            if made is not None:
+                made.mul_((inverse * chunk.factor).to(work)[:, None])
+                if not isinstance(index, slice):
+                    product[index] = made
 
-    run_walk(head, chosen, problem, body)
-    return [logp, entropies if entropy else entropies.new_empty(0), lse, state, product]
+    if len(rows):
+        run_walk(head, chosen, problem, body)
+    if rows.valid is not None:  # rows beyond max_live, where that was no error
+        surplus = (target != IGNORE_INDEX) & (rows.spread(rows.valid.to(work)) == 0)
+        logp[: rows.size].masked_fill_(surplus, torch.nan)
+    size = rows.size
+    return [
+        logp[:size], entropies[:size], lse[:size], mean[:size], state[:, :size].contiguous(), product[:size]
+    ]  # fmt: skip
 
 
 @_forward.register_fake
 def _(
-    hidden, weight, bias, target, temperature, scalar_temperature, logit_scale, softcap, operand, rounded,
-    plan, workspace_bytes, entropy, grad_hidden, grad_head,
+    hidden, weight, bias, target, temperature, main_grad, scalar_temperature, logit_scale, softcap, operand,
+    rounded, workspace_bytes, max_live, plan, entropy, average, grad_hidden, grad_head,
 ):  # fmt: skip
-    work = work_dtype(hidden, weight)
-    logp, lse = (hidden.new_empty(target.shape, dtype=work) for _ in range(2))
-    # as the planner chooses: from the flags alone, so that shapes are known when tracing
-    jacobian = grad_hidden and not grad_head and (plan == "jacobian" or (plan == "auto" and not entropy))
+    work, rows = work_dtype(hidden, weight), target.shape[0]
+    jacobian = _is_jacobian(plan, grad_hidden and not grad_head, entropy, average and softcap is not None)
+
+    def new(*shape):
+        return hidden.new_empty(shape, dtype=work)
+
     return [
-        logp,
-        hidden.new_empty(target.shape if entropy else (0,), dtype=work),
-        lse,
-        hidden.new_empty((3 if softcap is None else 4, target.shape[0]), dtype=work),
-        hidden.new_empty(hidden.shape if jacobian else (0,), dtype=work),
-    ]
+        new(rows), new(rows if entropy else 0), new(rows), new(rows if average else 0),
+        new(3 if softcap is None else 4, rows), new(*hidden.shape) if jacobian else new(0),
+    ]  # fmt: skip
 
 
-@torch.library.custom_op("fused_align::linear_logp_backward", mutates_args=())
+@torch.library.custom_op("fused_align::linear_logp_backward", mutates_args=("main_grad",))
 def _backward(
     dlogp: Tensor,  # [M]
     dentropy: Tensor | None,  # [M]
     dlse: Tensor | None,  # [M]
+    daverage: Tensor | None,  # [M]
     hidden: Tensor,  # [M, H]
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     target: Tensor,  # [M]
     temperature: Tensor | None,  # [M]
+    main_grad: Tensor | None,  # [V, H], added to
     entropy: Tensor,  # [M] | [0]
     state: Tensor,  # [3 or 4, M]
     product: Tensor,  # [M, H] | [0]
@@ -196,97 +215,111 @@ def _backward(
     operand: torch.dtype | None,
     rounded: bool,
     workspace_bytes: int | None,
+    max_live: int | None,
     grad_hidden: bool,
     grad_weight: bool,
     grad_bias: bool,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> dhidden [M, H], dweight [V, H], dbias [V], each [0] where not needed."""
     head = Head(weight, bias, logit_scale, softcap, operand, rounded)
-    index, y = live_index(target)
-    y = check_range(y, weight.shape[0])
-    problem = make_problem(
-        head, hidden, y.numel(), grad_hidden=grad_hidden, grad_head=grad_weight or grad_bias,
-        entropy_grad=dentropy is not None,
-    )  # fmt: skip
     jacobian = product.numel() > 0
+    every = Upstream(dlogp, dlse, dentropy, daverage)
+    live = target != IGNORE_INDEX
+    rows = Rows.where(live if jacobian or max_live is not None else live & every.alive(), max_live)
+    y = check_range(rows.take(target), weight.shape[0])
+    problem = make_problem(
+        head, hidden, len(rows), grad_hidden=grad_hidden, grad_head=grad_weight or grad_bias,
+        entropy_grad=dentropy is not None, average_grad=daverage is not None, main_grad=main_grad is not None,
+        static=max_live is not None,
+    )  # fmt: skip
     chosen = choose(problem, "jacobian" if jacobian else "recompute", workspace_bytes)
-    needs = (grad_hidden, grad_weight, grad_bias)
-    grads = Gradients(head, hidden, y.numel(), needs, complete=False, apart=chosen.apart)
+    up = Upstream(*(None if c is None else rows.take(c) for c in (dlogp, dlse, dentropy, daverage)))  # type: ignore[arg-type]
+    temper = scalar_temperature if temperature is None else per_row(temperature, rows)
+    whole = reload(head, y, temper, rows.take(state.t()).t())
+    whole.tame(up.size())
+    coef = coefficients(whole, up, None if dentropy is None else rows.take(entropy), vocab=weight.shape[0])
+    means = None if daverage is None or softcap is not None else head.average(chosen.cols)[0]
+    parts = list(rows.split(chosen.rows))
+    grads = [hidden.new_empty(0) for _ in range(3)]
 
-    def reload(rows: Index, place: slice) -> tuple[Chunk, Coefficients]:
-        temper = _at(temperature, rows, scalar_temperature)
-        chunk = load(head, hidden, rows, y[place], temper, saved=state[:, rows])
-        c, c_lse, c_entropy = dlogp[rows], _at(dlse, rows), _at(dentropy, rows)
-        chunk.tame(sum((extra.abs() for extra in (c_lse, c_entropy) if extra is not None), c.abs()))
-        return chunk, coefficients(
-            chunk, c, c_lse, c_entropy, entropy[rows] if c_entropy is not None else None
-        )
+    def chunk_of(part: Rows, at: slice) -> tuple[Chunk, Coefficients]:
+        return whole.part(at, head.operands(part.take(hidden))), coef.part(at)
 
     def body(walk: Walk) -> None:
-        parts = chunked(index, chosen.rows)
+        into = Gradients(
+            walk, hidden, (grad_hidden, grad_weight, grad_bias), main_grad=main_grad, average=means,
+            by_slice=True, waiting=len(rows) if len(parts) > 1 and not chosen.apart else 0,
+            padded=rows.valid is not None,
+        )  # fmt: skip
         if jacobian:
-            for rows, place in parts:
-                chunk, coef = reload(rows, place)
-                others = -dlogp[rows] if dlse is None else dlse[rows] - dlogp[rows]
-                grads.add_jacobian(chunk, place, product[rows], others, coef.target)
-            return
-        mine = [walk.by_tile(y[place]) for _, place in parts]
+            for part, at in parts:
+                others = -up.logp[at] if up.lse is None else up.lse[at] - up.logp[at]
+                into.add_jacobian(part, whole.part(at), part.take(product), others, coef.part(at))
+        elif len(parts) == 1 or not into.sliced:  # all tiles of a chunk
+            ends = Targets(walk, hidden, rows, y, coef.target, problem.static) if into.sliced else None
+            for part, at in parts:
+                into.add(part, at, *chunk_of(part, at), ends=ends)
+        else:  # all chunks of a tile
+            if chosen.apart:
+                for part, at in parts:
+                    into.add(part, at, *chunk_of(part, at), parts=(True, False))
+            targets = Targets(walk, hidden, rows, y, coef.target, problem.static)
+            for number, (start, stop) in enumerate(walk.tiles()):
+                for part, at in parts:
+                    into.add(part, at, *chunk_of(part, at), only=number, parts=(not chosen.apart, True))
+                into.round_slice(start, stop, targets)
+        for place, grad in enumerate(into.finish()):
+            if grad is not None:
+                grads[place] = grad
 
-        def round_of(only: int | None, which: tuple[bool, bool]) -> None:
-            for (rows, place), targets in zip(parts, mine, strict=True):
-                chunk, coef = reload(rows, place)
-                walk.backward(chunk, place, coef, targets, grads, only=only, parts=which)
-
-        if not grads.sliced or chosen.apart:  # all tiles of a chunk
-            round_of(None, (True, not grads.sliced))
-        for number, (start, _) in enumerate(walk.tiles() if grads.sliced else ()):  # all chunks of a tile
-            round_of(number, (not chosen.apart, True))
-            grads.round_slice(start)
-
-    if y.numel():
-        run_walk(head, chosen, problem, body)
-    else:
-        grads.clear()
-    return [hidden.new_empty(0) if grad is None else grad for grad in grads.finish()]
+    run_walk(head, chosen, problem, body)
+    return grads[0], grads[1], grads[2]
 
 
 @_backward.register_fake
 def _(
-    dlogp, dentropy, dlse, hidden, weight, bias, target, temperature, entropy, state,
-    product, scalar_temperature, logit_scale, softcap, operand, rounded, workspace_bytes,
+    dlogp, dentropy, dlse, daverage, hidden, weight, bias, target, temperature, main_grad, entropy, state,
+    product, scalar_temperature, logit_scale, softcap, operand, rounded, workspace_bytes, max_live,
     grad_hidden, grad_weight, grad_bias,
 ):  # fmt: skip
-    absent = hidden.new_empty(0)
-    return [
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if grad_hidden else absent,
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if grad_weight else absent.clone(),
-        bias.new_empty(bias.shape) if grad_bias and bias is not None else absent.clone(),
-    ]
+    def like(tensor, needed):
+        return hidden.new_empty(tensor.shape if needed else 0, dtype=tensor.dtype if needed else hidden.dtype)
+
+    return (
+        like(hidden, grad_hidden),
+        like(weight, grad_weight and main_grad is None),
+        like(weight if bias is None else bias, grad_bias and bias is not None),
+    )
 
 
 def _setup(ctx, inputs, output) -> None:
-    hidden, weight, bias, target, temperature = inputs[:5]
-    _, entropy, _, state, product = output
+    hidden, weight, bias, target, temperature, main_grad = inputs[:6]
+    _, entropy, _, _, state, product = output
     ctx.set_materialize_grads(False)  # zeros of product's size, for an output that no one differentiates
-    ctx.save_for_backward(hidden, weight, bias, target, temperature, entropy, state, product)
-    ctx.options = inputs[5:10], inputs[11]
+    ctx.save_for_backward(hidden, weight, bias, target, temperature, main_grad, entropy, state, product)
+    ctx.options = inputs[6:13]
+    ctx.average = inputs[15]
 
 
 def _autograd(ctx, grads):
-    dlogp, dentropy, dlse, _, _ = grads
-    hidden, weight, bias, target, temperature, entropy, state, product = ctx.saved_tensors
-    options, workspace_bytes = ctx.options
-    needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+    dlogp, dentropy, dlse, daverage, _, _ = grads
+    *saved, entropy, state, product = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
     if dlogp is None:
         dlogp = torch.zeros_like(state[0])
     if entropy.numel() == 0:  # a traced backward gets zeros for every output
         dentropy = None
+    if not ctx.average:
+        daverage = None
     found = torch.ops.fused_align.linear_logp_backward(
-        dlogp, dentropy, dlse, hidden, weight, bias, target, temperature, entropy, state, product,
-        *options, workspace_bytes, *needs,
-    )  # fmt: skip
-    dhidden, dweight, dbias = (grad if need else None for grad, need in zip(found, needs, strict=True))
-    return dhidden, dweight, dbias, *(None,) * 12
+        dlogp, dentropy, dlse, daverage, *saved, entropy, state, product, *ctx.options, *needs
+    )
+    into_main = saved[5] is not None
+    dhidden, dweight, dbias = (
+        grad if need and not (into_main and place == 1) else None
+        for place, (grad, need) in enumerate(zip(found, needs, strict=True))
+    )
+    return dhidden, dweight, dbias, *(None,) * 15
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)

@@ -1,4 +1,4 @@
-"""The plans, written once over the steps of a backend: walks over the vocabulary for chunks of rows.
+"""The plans' walks over the vocabulary for chunks of rows, written once over the steps of a backend.
 
 For row t with target y and z its scaled, capped, tempered logits, one forward walk computes
 
@@ -12,32 +12,28 @@ may come in any order and no running maximum is kept. Then, with Z = S + 2^(z_y 
     dz_y = c (1 - p_y) f_y        dz_v = -(c / Z) E_v f_v             f_v = dz_v / da_v of the raw logit a
 
 The target's part is exact and apart from the rest; c / Z scales rows of hidden or of E @ W, never E.
-Rows with logp below -80 leave the range of float32 around that reference: they are walked again against their
-true maximum (`_redo`). From then on only `ref` tells them from the others.
+Rows with logp below -80 leave the range of float32 around that reference. They are seen tile by tile; their
+reference then jumps to the tile's maximum, and what was summed so far is scaled down: a running maximum after
+all, for those rows alone. References are whole numbers, so that all such scaling is by powers of two: exact.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ..backends import torch_ as steps
-from ..backends.torch_ import LN2, LOG2E
-from .plan import GATHER_BYTES, HALF, Plan
+from ..backends.torch_ import HALF, LN2, LOG2E
+from .coefficients import Coefficients
+from .plan import GATHER_BYTES, Plan, Problem, gemm_dtype
 
 SHIFT = 58.0  # base 2; e^40.2
-LOWEST = -80.0  # logp below which Z leaves 2^-58 .. 2^58
+CEILING = 58.0  # the largest exponent, base 2: about e^80 above the target
+LOWEST = -80.0  # logp below which Z may have left 2^-58 .. 2^58
 STEEP = 2.0**64  # the largest c / Z; |c| above 64 may exceed it where p is near 1
-
-# A GEMM of fewer rows may add in another order than that of a whole chunk. Where logits are large, the sums
-# of rows walked again by themselves would then not fit the E that the backward builds in whole chunks.
-FEW = 16
-
-Index = slice | Tensor  # rows of the flat hidden
 
 
 @dataclass(frozen=True)
@@ -58,36 +54,59 @@ class Head:
             weight = weight.to(self.operand)
         return weight, None if self.bias is None else self.bias[start:stop]
 
+    def operands(self, x: Tensor) -> Tensor:
+        """Rows of hidden as the GEMMs take them: 16-bit only where the weight is."""
+        x = x if self.operand is None else x.to(self.operand)
+        half = x.dtype in HALF and x.dtype == (self.operand or self.weight.dtype)
+        if half and (x.dtype == torch.bfloat16 or x.device.type != "cpu"):
+            return x
+        return x.to(work_dtype(x, self.weight))
+
+    def average(self, size: int) -> tuple[Tensor, Tensor | float]:
+        """Mean over the vocabulary of weight, [H], and of bias, float64; reads `size` rows at a time."""
+        total = torch.zeros(self.weight.shape[1], dtype=torch.float64, device=self.weight.device)
+        for start in range(0, self.weight.shape[0], size):
+            weight, _ = self.tile(start, start + size)
+            total += weight.to(work_dtype(weight, self.weight)).sum(0).double()
+        bias = 0.0 if self.bias is None else self.bias.double().mean()
+        return total / self.weight.shape[0], bias
+
 
 @dataclass
 class Chunk:
     """Rows that are walked together, and what a walk leaves of them."""
 
-    index: Index
-    x: Tensor  # [r, H], as the GEMMs take it
+    x: Tensor | None  # [r, H], as the GEMMs take it; None: only the vectors below
     target: Tensor  # [r]
     gain: float | Tensor  # [r]; base-2 exponent per unit of (capped) logit
     factor: Tensor  # [r]; dz/da, but for the cap's 1 - tanh^2
     z: Tensor  # [r], the target's logit
-    ref: Tensor  # [r], base 2
+    ref: Tensor  # [r], base 2, whole numbers
     total: Tensor  # [r], S
     slope: Tensor | None = None  # [r], 1 - tanh^2 of the target, under a cap
     moment: Tensor | None = None  # [r] float64, sum_v E_v (z_v - z_y)
+    average: Tensor | None = None  # [r] float64, mean_v z_v
+    refs: list[Tensor] = field(default_factory=list)  # the reference of each tile that was kept
 
-    def rows(self, index: Tensor) -> Chunk:
-        """Some of the rows, with sums of their own."""
+    def part(self, index: Tensor | slice, x: Tensor | None = None) -> Chunk:
+        """Some of the rows, for a backward; with their x if it is given."""
+
+        def some(vector: Tensor | None) -> Tensor | None:
+            return None if vector is None else vector[index]
+
         return replace(
             self,
-            index=index,
-            x=self.x[index],
+            x=some(self.x) if x is None else x,
             target=self.target[index],
             gain=self.gain[index] if isinstance(self.gain, Tensor) else self.gain,
             factor=self.factor[index],
             z=self.z[index],
             ref=self.ref[index],
             total=self.total[index],
-            slope=None if self.slope is None else self.slope[index],
-            moment=None if self.moment is None else self.moment[index],
+            slope=some(self.slope),
+            moment=None,
+            average=None,
+            refs=[self.ref[index] if ref is self.ref else ref[index] for ref in self.refs],
         )
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -95,7 +114,7 @@ class Chunk:
         return steps.finish_rows(self.z, self.ref, self.total)
 
     def offset(self) -> Tensor:
-        """[r] float64: what turns an exponent into (z_v - z_y) log2 e; 58 but for rows walked again."""
+        """[r] float64: what turns an exponent into (z_v - z_y) log2 e; about 58 but for rows that jumped."""
         return self.ref.double() - self.z.double() * LOG2E
 
     def entropy(self) -> Tensor:  # [r] float64
@@ -103,100 +122,139 @@ class Chunk:
         logp, _, _, inverse = self.finish()
         return -logp - inverse * self.moment
 
-    def tame(self, c: Tensor) -> Tensor:  # [r] -> [r]
-        """Where c / Z is beyond STEEP the reference moves to the row's lse, so that Z becomes 1.
+    def restart(self, head: Head) -> None:
+        """As it was before the first walk."""
+        self.ref, self.refs = reference(self.z), []
+        for sums in (self.total, self.moment, None if head.softcap is None else self.average):
+            if sums is not None:
+                sums.zero_()
 
-        A coefficient of e^60, an importance ratio at its cap, times 1/Z = 2^58 has no float32. Returns what E
-        against the old reference is to be multiplied by.
+    def tame(self, c: Tensor) -> None:  # [r]
+        """Where c / Z is beyond STEEP the reference moves near the row's lse, so that Z becomes about 1.
+
+        A coefficient of e^60, an importance ratio at its cap, times 1/Z = 2^58 has no float32.
         """
         inverse = self.finish()[3]
-        moved = (self.ref.double() - inverse.log2()).to(self.ref.dtype)
-        ref = torch.where(c.abs() * inverse > STEEP, moved, self.ref)
-        scale = torch.exp2(self.ref.double() - ref.double())
-        self.ref, self.total = ref, (self.total.double() * scale).to(self.total.dtype)
-        return scale.to(self.total.dtype)
+        steep = c.abs() * inverse > STEEP
+        if steep.device.type == "cpu" and not bool(steep.any()):
+            return
+        moved = (self.ref.double() - inverse.log2()).round().to(self.ref.dtype)
+        ref = torch.where(steep, moved, self.ref)
+        self.total = self.total * torch.exp2(self.ref - ref)
+        self.ref = ref
+
+
+def reference(z: Tensor) -> Tensor:
+    """Where the exponentials of rows are measured from, base 2, from their targets' logits."""
+    return (z.double() * LOG2E + SHIFT).round().to(z.dtype)
 
 
 def load(
     head: Head,
-    hidden: Tensor,  # [M, H]
-    index: Index,
+    x: Tensor,  # [r, H]
     target: Tensor,  # [r]
     temperature: float | Tensor,  # [r]
     *,
     entropy: bool = False,
-    saved: Tensor | None = None,  # [3, r] or, under a cap, [4, r]
+    average: tuple[Tensor, Tensor | float] | None = None,  # of Head.average, where the mean logit is wanted
 ) -> Chunk:
-    """A chunk ready to be walked: the target's logits by gather-dot, and the references from them.
+    """A chunk ready to be walked: the target's logits by gather-dot, and the references from them."""
+    work, x = work_dtype(x, head.weight), head.operands(x)
+    gain, factor, inverse = _scales(head, temperature, target.numel(), work, x.device)
+    z, slope = steps.target_logit(x, head.weight, head.bias, target, head.operand).double(), None
+    z = z * head.logit_scale
+    if head.softcap is not None:
+        tanh = torch.tanh(z / head.softcap)
+        z, slope = head.softcap * tanh, (1 - tanh * tanh).to(work)
+    z = (z * inverse).to(work)
+    chunk = Chunk(x, target, gain, factor, z, reference(z), torch.zeros_like(z), slope)
+    if entropy:
+        chunk.moment = torch.zeros_like(z, dtype=torch.float64)
+    if average is not None and head.softcap is None:
+        weight, bias = average
+        chunk.average = (x.to(work) @ weight.to(work)).double().add_(bias).mul_(factor)
+    elif average is not None:
+        chunk.average = torch.zeros_like(z, dtype=torch.float64)
+    return chunk
 
-    saved: z, ref, S and slope of an earlier walk over the same rows.
-    """
-    work = work_dtype(hidden, head.weight)
-    x = hidden[index]
-    if head.operand is not None:
-        x = x.to(head.operand)
-    if x.dtype not in HALF or not (x.is_cuda or head.rounded):
-        x = x.to(work)
+
+def reload(
+    head: Head,
+    target: Tensor,  # [n]
+    temperature: float | Tensor,  # [n]
+    saved: Tensor,  # [3 or 4, n]: z, ref, S and, under a cap, slope
+) -> Chunk:
+    """The vectors of rows that an earlier walk left, without their x."""
+    gain, factor, _ = _scales(head, temperature, target.numel(), saved.dtype, saved.device)
+    z, ref, total = saved[:3]
+    return Chunk(None, target, gain, factor, z, ref, total, None if head.softcap is None else saved[3])
+
+
+def _scales(
+    head: Head, temperature: float | Tensor, rows: int, work: torch.dtype, device: torch.device
+) -> tuple[float | Tensor, Tensor, float | Tensor]:
+    """gain, factor [r] and 1 / temperature of a chunk."""
     inverse = 1 / (temperature.to(work) if isinstance(temperature, Tensor) else temperature)
     gain = (head.logit_scale if head.softcap is None else head.softcap) * LOG2E * inverse
-    factor = torch.as_tensor(head.logit_scale * inverse, dtype=work, device=x.device).expand(x.shape[0])
-    if saved is not None:
-        z, ref, total = saved[:3]
-        slope = None if head.softcap is None else saved[3]
-    else:
-        z, slope = steps.target_logit(x, head.weight, head.bias, target, head.operand).double(), None
-        z = z * head.logit_scale
-        if head.softcap is not None:
-            tanh = torch.tanh(z / head.softcap)
-            z, slope = head.softcap * tanh, (1 - tanh * tanh).to(work)
-        z = (z * inverse).to(work)
-        ref = (z.double() * LOG2E + SHIFT).to(work)
-        total = torch.zeros_like(z)
-    moment = torch.zeros_like(z, dtype=torch.float64) if entropy else None
-    return Chunk(index, x, target, gain, factor, z, ref, total, slope, moment)
+    scale = head.logit_scale * inverse
+    factor = scale if isinstance(scale, Tensor) else torch.full((rows,), scale, dtype=work, device=device)
+    return gain, factor, inverse
 
 
 class Walk:
     """Walks over the vocabulary for one head, with the sizes of a plan and scratch for its tiles."""
 
-    def __init__(self, head: Head, plan: Plan, scratch: Tensor) -> None:  # scratch: flat, work dtype
+    def __init__(self, head: Head, plan: Plan, problem: Problem, scratch: Tensor) -> None:  # scratch: bytes
         self.head, self.rows, self.cols = head, plan.rows, plan.cols
-        self.area = plan.rows * plan.cols
+        self.work, self.gemm_dtype = problem.work, gemm_dtype(problem)
+        self.scratch, self.area = scratch, plan.rows * plan.cols * problem.work.itemsize
+        tiles, spare, complete = problem.scratch(plan.name, plan.rows, plan.cols)
+        self.spare = scratch[tiles:][:spare]
+        self.whole = scratch[tiles + spare :][:complete].view(self.gemm_dtype)
+        self.split = not head.rounded
         # rows of size [H] that may be copied at a time on top of the plan's own
-        self.block = max(1, GATHER_BYTES // (3 * head.weight.shape[1] * scratch.element_size()))
-        self.scratch = scratch
+        self.block = max(1, GATHER_BYTES // (3 * head.weight.shape[1] * problem.work.itemsize))
+        # An accelerator walks in trust, and again where a look at the sums finds a row lost; or it watches
+        # from the start where the host may not look (max_live). On a CPU looking costs nothing.
+        self.static = problem.static and not problem.on_cpu
+        self.watches = problem.on_cpu or self.static
 
     def tiles(self) -> Iterator[tuple[int, int]]:
         vocab = self.head.weight.shape[0]
         for start in range(0, vocab, self.cols):
             yield start, min(start + self.cols, vocab)
 
-    def _scratch(self, number: int, rows: int, cols: int) -> Tensor:
+    def _scratch(self, number: int, rows: int, cols: int, *, dtype: torch.dtype | None = None) -> Tensor:
         """Scratch tile `number` as [rows, cols]."""
-        return self.scratch[number * self.area :][: rows * cols].view(rows, cols)
+        dtype = dtype or self.work
+        return self.scratch[number * self.area :][: rows * cols * dtype.itemsize].view(dtype).view(rows, cols)
 
     def complete(self, rows: int) -> Tensor:
-        """Scratch for complete rows, [rows, V]: behind the tiles, in plans that hold them."""
+        """Scratch for complete rows, [rows, V], in plans that hold them."""
         vocab = self.head.weight.shape[0]
-        return self.scratch[self.scratch.numel() - self.rows * vocab :][: rows * vocab].view(rows, vocab)
+        return self.whole[: rows * vocab].view(rows, vocab)
 
-    def exponents(
-        self, chunk: Chunk, start: int, stop: int, tile: Tensor, ref: Tensor | None, used: int
-    ) -> Tensor | None:
-        """Fills tile with exponents; returns tanh^2 in scratch tile `used` if the head is capped."""
-        head, shape = self.head, (chunk.x.shape[0], stop - start)
-        square = None if head.softcap is None else self._scratch(used, *shape)
+    def gemm(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+        """A gradient's product, in the dtype of the operands."""
+        steps.gemm(out, a, b, beta=float(add), spare=self.spare)
+
+    def _exponents(self, chunk: Chunk, start: int, stop: int, tile: Tensor) -> Tensor | None:
+        """Fills tile with exponents; returns tanh^2 in the second scratch tile if the head is capped."""
+        head = self.head
+        square = None if head.softcap is None else self._scratch(1, *tile.shape)
         weight, bias = head.tile(start, stop)
+        assert chunk.x is not None
         steps.exponents(
             tile,
             chunk.x,
             weight,
             bias,
-            ref,
+            chunk.ref,
             inner=head.logit_scale / head.softcap if head.softcap is not None else 1.0,
             gain=chunk.gain,
             square=square,
-            rounded=head.rounded,
+            split=self.split,
+            spare=self.spare,
         )
         return square
 
@@ -206,272 +264,132 @@ class Walk:
         keep: Tensor | None = None,  # [r, V] out
         product: Tensor | None = None,  # [r, H] out
     ) -> None:
-        """Fills chunk.total (and chunk.moment): all that log-probs, lse and entropies need.
+        """Fills chunk.total (and moment, average): all that log-probs, lse and entropies need.
 
         keep receives E f, product receives (E f) @ W, where f is the cap's 1 - tanh^2 (after S is summed).
         """
-        self._walk(chunk, keep, product)
-        logp, _, _, _ = chunk.finish()
-        lost = (~(logp >= LOWEST)).nonzero().squeeze(1)
-        if lost.numel():
-            few = min(FEW, logp.numel())
-            lost = lost.repeat(-(-few // lost.numel()))[: max(few, lost.numel())]
-            for index in lost.tensor_split(-(-lost.numel() // self.block)):  # evenly
-                self._redo(chunk, index, keep, product)
+        if not self.watches:
+            self.walk(chunk, keep, product, watch=False)
+            if not bool(self.lost(chunk)):
+                return
+            chunk.restart(self.head)
+        self.walk(chunk, keep, product, watch=True)
 
-    def _walk(
-        self, chunk: Chunk, keep: Tensor | None, product: Tensor | None, at: Tensor | None = None
-    ) -> None:
-        """at: the rows of `keep` that the chunk's rows go to; None where they are all of them, in place.
+    def lost(self, chunk: Chunk) -> Tensor:  # []
+        """Whether a walk that did not watch has left the range of float32 for some row."""
+        return ~(chunk.finish()[0] >= LOWEST).all()
 
-        chunk.moment is taken about the target's logit, or about the reference of rows that are walked again.
-        """
-        rows = chunk.x.shape[0]
-        pivot = (chunk.offset() if at is None else torch.zeros_like(chunk.z)).to(chunk.z.dtype)
+    def walk(self, chunk: Chunk, keep: Tensor | None, product: Tensor | None, *, watch: bool) -> None:
+        """One forward walk. watch: look for rows that leave the range, and move their reference."""
         for start, stop in self.tiles():
-            if keep is not None and at is None:
-                tile = keep[:, start:stop]
-            else:
-                tile = self._scratch(0, rows, stop - start)
-            square = self.exponents(chunk, start, stop, tile, chunk.ref, used=1)
+            direct = keep is not None and keep.dtype == self.work
+            tile = (
+                keep[:, start:stop] if keep is not None and direct
+                else self._scratch(0, chunk.target.numel(), stop - start)
+            )  # fmt: skip
+            square = self._exponents(chunk, start, stop, tile)
+            if chunk.average is not None and square is not None:
+                chunk.average += (tile.sum(1).double() + (stop - start) * chunk.ref.double()) * (
+                    LN2 / self.head.weight.shape[0]
+                )
+            if watch and self._jump(chunk, tile, product if start > 0 else None):
+                square = self._exponents(chunk, start, stop, tile)  # with all digits
             distance = None
             if chunk.moment is not None:
-                distance = self._scratch(2 if square is not None else 1, rows, stop - start)
-                torch.add(tile, pivot[:, None], out=distance)
+                distance = self._scratch(2 if square is not None else 1, *tile.shape)
+                torch.add(tile, chunk.offset().to(tile.dtype)[:, None], out=distance)
             steps.exp_tile(tile, chunk.target - start)
             chunk.total.add_(tile.sum(1))
             if distance is not None and chunk.moment is not None:
                 chunk.moment.add_(distance.mul_(tile).sum(1), alpha=LN2)
             if square is not None and (keep is not None or product is not None):
                 tile.addcmul_(tile, square, value=-1)
+            if keep is not None:
+                chunk.refs.append(chunk.ref)
+                if not direct:
+                    keep[:, start:stop] = tile
             if product is not None:
                 weight, _ = self.head.tile(start, stop)
-                steps.gemm(product, tile, weight, beta=float(start > 0), rounded=self.head.rounded)
-            if keep is not None and at is not None:
-                keep[at, start:stop] = tile
+                self.gemm(product, self._rounded(tile), weight, start > 0)
 
-    def _redo(self, chunk: Chunk, index: Tensor, keep: Tensor | None, product: Tensor | None) -> None:
-        """Walks some rows again, against their true maximum instead of the target."""
-        part = chunk.rows(index)
-        part.ref = torch.full_like(part.z, -math.inf)
-        for start, stop in self.tiles():
-            tile = self._scratch(0, index.numel(), stop - start)
-            self.exponents(part, start, stop, tile, None, used=1)
-            part.ref = torch.maximum(part.ref, tile.amax(1))
-        part.total = torch.zeros_like(part.z)
-        part.moment = None if part.moment is None else torch.zeros_like(part.moment)
-        part_product = None if product is None else product[index]
-        self._walk(part, keep, part_product, at=index)
-        chunk.ref[index], chunk.total[index] = part.ref, part.total
-        if chunk.moment is not None and part.moment is not None:
-            chunk.moment[index] = part.moment + LN2 * part.offset() * part.total
-        if product is not None and part_product is not None:
-            product[index] = part_product
+    def _rounded(self, tile: Tensor) -> Tensor:
+        """A tile as the gradient GEMMs take it, in the scratch tile after the last one in use."""
+        if self.gemm_dtype == tile.dtype:
+            return tile
+        capped = self.head.softcap is not None
+        return self._scratch(1 + capped, *tile.shape, dtype=self.gemm_dtype).copy_(tile)
 
-    def by_tile(self, target: Tensor) -> list[Tensor]:  # [r] -> [k] each
-        """For each tile of the vocabulary the rows whose target lies in it. One small copy to the host."""
-        order = target.argsort(stable=True)
-        edges = torch.tensor([stop for _, stop in self.tiles()], device=target.device)
-        bounds = torch.searchsorted(target[order], edges).tolist()
-        return [order[a:b] for a, b in zip([0, *bounds], bounds, strict=False)]
+    def _jump(self, chunk: Chunk, tile: Tensor, product: Tensor | None) -> bool:
+        """Moves the reference of rows whose exponents in this tile are beyond CEILING to their maximum.
 
-    def backward(
+        Returns whether the tile is to be made again. Where the host may not look it is corrected instead, at
+        the cost of the digits that large exponents did not have.
+        """
+        top = tile.amax(1)
+        beyond = top > CEILING
+        if not self.static and not bool(beyond.any()):
+            return False
+        jump = torch.where(beyond, top.ceil(), 0.0)
+        if self.static:
+            tile.sub_(jump[:, None])
+        chunk.ref = chunk.ref + jump
+        down = torch.exp2(-jump)
+        for sums in (chunk.total, chunk.moment):
+            if sums is not None:
+                sums.mul_(down)
+        if product is not None:
+            product.mul_(down[:, None])
+        return not self.static
+
+    def gradient_tile(
         self,
         chunk: Chunk,
-        place: slice,  # of the chunk among the live rows
         coef: Coefficients,
-        mine: list[Tensor],  # by_tile of its targets
-        grads: Gradients,
-        *,
-        kept: Tensor | None = None,  # [r, V], what forward kept; None: tiles are computed again
-        only: int | None = None,  # the number of one tile; the last one completes dhidden
-        parts: tuple[bool, bool] = (True, True),  # dhidden; dweight and dbias
-    ) -> None:
-        """Adds the gradients of a chunk."""
-        vocab = self.head.weight.shape[0]
-        scaled = chunk.x.to(chunk.z.dtype) * coef.rows[:, None]
-        if chunk.x.dtype == torch.bfloat16:  # float16 has no range for c/Z, and is multiplied in float32
-            scaled = scaled.to(torch.bfloat16)
-        dhidden = grads.rows_of_hidden(chunk, place) if parts[0] else None
-        for number, (start, stop) in enumerate(self.tiles()):
-            if only is not None and number != only:
-                continue
-            if kept is not None:
-                tile = kept[:, start:stop]
-            else:
-                tile = self._scratch(0, chunk.x.shape[0], stop - start)
-                self._gradient_tile(chunk, coef, start, stop, tile)
-            if dhidden is not None:
-                weight, _ = self.head.tile(start, stop)
-                steps.gemm(dhidden, tile, weight, beta=float(start > 0), rounded=self.head.rounded)
-            if parts[1]:
-                grads.add_tile(chunk, coef, tile, scaled, start, mine[number], first=place.start == 0)
-            if dhidden is not None and stop == vocab:
-                dhidden.mul_(coef.rows[:, None])
-                grads.store_hidden(chunk, dhidden, coef.target)
-
-    def _gradient_tile(self, chunk: Chunk, coef: Coefficients, start: int, stop: int, tile: Tensor) -> None:
-        """E f again; with an entropy gradient also times its affine function of z_v - z_y."""
-        square = self.exponents(chunk, start, stop, tile, chunk.ref, used=1)
-        mix = None
+        number: int,
+        start: int,
+        stop: int,
+        kept: Tensor | None,  # [r', V], what forward kept; None: the tile is computed again
+        live: Tensor | None,  # [r] which rows of kept; None: all
+    ) -> Tensor:  # [r, v]
+        """E f, times its affine function of z_v - z_y under an entropy gradient, as the GEMMs take it."""
+        shape = chunk.target.numel(), stop - start
+        if kept is None:
+            tile = self._scratch(0, *shape)
+            square = self._exponents(chunk, start, stop, tile)
+            mix = self._mix(chunk, coef, tile, 1 + (square is not None))
+            steps.exp_tile(tile, chunk.target - start)
+            if mix is not None:
+                tile.mul_(mix)
+            if coef.uniform is not None and square is not None:
+                tile.add_(coef.uniform[:, None])
+            if square is not None:
+                tile.addcmul_(tile, square, value=-1)
+            return self._rounded(tile)
+        moved = chunk.refs[number] is not chunk.ref
+        if live is None and not moved and coef.mix is None:
+            return kept[:, start:stop]
+        tile = self._scratch(0, *shape, dtype=kept.dtype)
+        if live is None:
+            tile.copy_(kept[:, start:stop])
+        else:
+            torch.index_select(kept[:, start:stop], 0, live, out=tile)
+        if moved:
+            tile.mul_(torch.exp2(chunk.refs[number] - chunk.ref)[:, None])
         if coef.mix is not None:
-            constant, slope = coef.mix
-            mix = self._scratch(2 if square is not None else 1, *tile.shape)
-            torch.add(tile, chunk.offset().to(tile.dtype)[:, None], out=mix)
-            mix.mul_(slope[:, None] * LN2).add_(constant[:, None])
-        steps.exp_tile(tile, chunk.target - start)
-        if square is not None:
-            tile.addcmul_(tile, square, value=-1)
-        if mix is not None:
-            tile.mul_(mix)
+            wide = tile if tile.dtype == self.work else self._scratch(2, *shape).copy_(tile)
+            exponent = torch.log2(wide.clamp(min=torch.finfo(self.work).tiny), out=self._scratch(1, *shape))
+            self._mix(chunk, coef, exponent, 1)
+            tile.copy_(exponent.mul_(wide))
+        return tile
 
-
-@dataclass(frozen=True)
-class Coefficients:
-    """What multiplies the rows of a chunk in the gradient GEMMs, [r] each."""
-
-    rows: Tensor  # on E f
-    target: Tensor  # on the target's column
-    mix: tuple[Tensor, Tensor] | None  # (a, b) where E f is first multiplied by a + b (z_v - z_y)
-
-
-def coefficients(
-    chunk: Chunk,
-    dlogp: Tensor,  # [r]
-    dlse: Tensor | None = None,  # [r]
-    dentropy: Tensor | None = None,  # [r]
-    entropy: Tensor | None = None,  # [r]; given with dentropy
-) -> Coefficients:
-    """Upstream gradients of logp, lse and entropy -> coefficients of dz.
-
-    d lse / dz_v = p_v, and d entropy / dz_v = -p_v (log p_v + entropy) with log p_v = logp + z_v - z_y.
-    """
-    logp, _, miss, inverse = chunk.finish()
-    work = chunk.z.dtype
-    slope = chunk.factor if chunk.slope is None else chunk.factor * chunk.slope
-    others = dlogp if dlse is None else dlogp - dlse
-    p = logp.exp()  # not 1 - miss, which would lose the digits of a small p
-    target = dlogp * miss if dlse is None else dlogp * miss + dlse * p
-    if dentropy is None or entropy is None:
-        return Coefficients((-others * inverse * chunk.factor).to(work), (target * slope).to(work), None)
-    target = target - dentropy * p * (logp + entropy)
-    constant = -(others + dentropy * (logp + entropy)) * inverse
-    mix = constant.to(work), (-dentropy * inverse).to(work)
-    return Coefficients(chunk.factor, (target * slope).to(work), mix)
-
-
-class Gradients:
-    """The gradients under construction, allocated once; chunks add to them.
-
-    dweight is summed in the dtype of the logits and rounded once. Where the two dtypes are the same it is its
-    own sum. Else `single` and `window`, which see every column of a chunk at once, hold a sum [V, H]; and
-    `recompute` finishes one slice of the vocabulary after the other, over all chunks (`sliced`), so that a
-    slice is all it holds; and dhidden of all rows meanwhile, unless the plan forms that `apart`.
-    """
-
-    def __init__(
-        self,
-        head: Head,
-        hidden: Tensor,
-        live: int,
-        needs: tuple[bool, bool, bool],  # hidden, weight, bias
-        complete: bool,  # chunks come with every column
-        apart: bool = False,  # as Plan.apart
-    ) -> None:
-        self.head, self.work = head, work_dtype(hidden, head.weight)
-        device = hidden.device
-
-        def dtype(tensor: Tensor) -> torch.dtype:
-            # single and window scale by the upstream gradient later, and float16 may have lost it by then
-            return self.work if complete and tensor.dtype == torch.float16 else tensor.dtype
-
-        everything = live == hidden.shape[0]
-        new = torch.empty if everything else torch.zeros
-        shape = head.weight.shape
-        self.hidden = new(hidden.shape, dtype=dtype(hidden), device=device) if needs[0] else None
-        self.weight = torch.empty(shape, dtype=dtype(head.weight), device=device) if needs[1] else None
-        self.bias = torch.zeros(shape[0], dtype=self.work, device=device) if needs[2] else None
-        rounded = self.weight is not None and self.weight.dtype != self.work
-        self.sliced = rounded and not complete
-        self.sum = self.weight
-        if rounded:
-            self.sum = None if self.sliced else torch.empty(shape, dtype=self.work, device=device)
-        # chunks come again for every slice, so what is not summed in place must stay in between
-        self.rows = None
-        summed = everything and self.hidden is not None and self.hidden.dtype == self.work
-        if self.sliced and self.hidden is not None and not apart and not summed:
-            self.rows = torch.empty(live, hidden.shape[1], dtype=self.work, device=device)
-
-    def _in_place(self, index: Index) -> bool:
-        return isinstance(index, slice) and self.hidden is not None and self.hidden.dtype == self.work
-
-    def rows_of_hidden(self, chunk: Chunk, place: slice) -> Tensor | None:
-        """Where dhidden of a chunk is summed: in place where it can be."""
-        if self.hidden is None:
+    def _mix(self, chunk: Chunk, coef: Coefficients, exponent: Tensor, number: int) -> Tensor | None:
+        """a + b (z_v - z_y), from exponents, in scratch tile `number` (which may be the exponents' own)."""
+        if coef.mix is None:
             return None
-        if self._in_place(chunk.index):
-            return self.hidden[chunk.index]
-        return torch.empty_like(chunk.x, dtype=self.work) if self.rows is None else self.rows[place]
-
-    def store_hidden(self, chunk: Chunk, dhidden: Tensor, coef: Tensor) -> None:
-        """Completes dhidden [r, H] of a chunk by coef [r] times the targets' rows of the weight."""
-        steps.add_target_rows(dhidden, self.head.weight, chunk.target, coef, self.head.operand)
-        if self.hidden is not None and not self._in_place(chunk.index):
-            self.hidden[chunk.index] = dhidden.to(self.hidden.dtype)
-
-    def add_tile(
-        self,
-        chunk: Chunk,
-        coef: Coefficients,
-        tile: Tensor,  # [r, v], E f
-        scaled: Tensor,  # [r, H]
-        start: int,  # of the slice of the vocabulary
-        mine: Tensor,  # [k] rows whose target lies in it
-        *,
-        first: bool,  # the first chunk writes, the others add
-    ) -> None:
-        """dweight and dbias of one slice of the vocabulary."""
-        stop = start + tile.shape[1]
-        target, column = coef.target[mine], chunk.target[mine] - start
-        if self.weight is not None:
-            if self.sum is not None:
-                part = self.sum[start:stop]
-            else:
-                if first:
-                    self.slice = torch.empty(
-                        stop - start, scaled.shape[1], dtype=self.work, device=tile.device
-                    )
-                part = self.slice
-            steps.gemm(part, tile.t(), scaled, beta=float(not first), rounded=self.head.rounded)
-            steps.add_hidden_rows(part, column, chunk.x, mine, target)
-        if self.bias is not None:
-            self.bias[start:stop].addmv_(tile.t(), coef.rows)
-            self.bias[start:stop].index_add_(0, column, target)
-
-    def round_slice(self, start: int) -> None:
-        """Writes the slice of dweight that begins at `start`, complete now."""
-        if self.weight is not None:
-            self.weight[start : start + self.slice.shape[0]] = self.slice.to(self.weight.dtype)
-
-    def add_jacobian(self, chunk: Chunk, place: slice, product: Tensor, others: Tensor, coef: Tensor) -> None:
-        """dhidden of a chunk from (1/Z) (E f) @ W, product: others [r] times it, and the targets' rows."""
-        dhidden = self.rows_of_hidden(chunk, place)
-        if dhidden is not None:
-            torch.mul(product, others[:, None], out=dhidden)
-            self.store_hidden(chunk, dhidden, coef)
-
-    def clear(self) -> None:
-        """No live row at all: zeros."""
-        for grad in (self.hidden, self.weight, self.sum, self.bias):
-            if grad is not None:
-                grad.zero_()
-
-    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dhidden, dweight, dbias, in the dtypes of what they are gradients of."""
-        if self.weight is not None and self.sum is not None and self.sum is not self.weight:
-            self.weight.copy_(self.sum)
-        bias = None if self.bias is None or self.head.bias is None else self.bias.to(self.head.bias.dtype)
-        return self.hidden, self.weight, bias
+        constant, slope = coef.mix
+        mix = self._scratch(number, *exponent.shape)
+        torch.add(exponent, chunk.offset().to(exponent.dtype)[:, None], out=mix)
+        return mix.mul_(slope[:, None] * LN2).add_(constant[:, None])
 
 
 def work_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

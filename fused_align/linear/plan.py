@@ -1,16 +1,19 @@
-"""Which plan runs, and in what sizes: the fewest GEMM passes that fit a byte budget.
+"""Which plan runs, and in what sizes: the least estimated time within a byte budget.
 
-    plan       when                                             GEMM passes   held at once
-    score      no gradient                                      1             one tile [rows, cols]
-    jacobian   the head is frozen                               2             one tile, and E @ W of every row
-    single     coefficients known per token (align_loss)        3             E of a chunk of rows [rows, V]
-    window     coefficients known per sequence or pair          3             E of a chunk of whole items
-    recompute  everything else, or too small a budget           4             one tile
+    plan       when                                         GEMM passes    held at once
+    score      no gradient                                  1              one tile [rows, cols]
+    jacobian   the head is frozen                           1 + 1          one tile; E @ W of every row
+    single     coefficients known per token (align_loss)    1 + d f        E of a chunk of rows [rows, V]
+    window     coefficients known per sequence or pair      1 + d f        E of a chunk of whole items
+    recompute  everything else, or too small a budget       1 + (1 + d) f  one tile
+
+d counts the gradient GEMMs (2, or 1 where the head or hidden is frozen), f is the share of live rows whose
+coefficient is not zero: the others are dropped before the gradient GEMMs. A pass is 2 N V H FLOP.
 
 `single` and `window` are one mechanism: a chunk of whole items whose exponentials stay until its gradient
-GEMMs have run. `recompute` with a 16-bit weight finishes one slice of dweight after the other and also holds
-dhidden in float32 meanwhile; where that is too much it takes a fifth pass, for dhidden alone. The result does
-not depend on the plan beyond rounding.
+GEMMs have run; an item that does not fit is recomputed. A 16-bit dweight is summed in float32: by `recompute`
+one slice of the vocabulary after the other, which holds dhidden in float32 meanwhile, or takes one more pass
+for dhidden alone where that is too much. The result does not depend on the plan beyond rounding.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..backends.torch_ import GATHER_BYTES as STEP_BYTES
+from ..backends.torch_ import HALF, SPARE
+
 PLANS = ("auto", "score", "jacobian", "single", "window", "recompute")
 MIB = 1 << 20
 
@@ -27,10 +33,16 @@ MIB = 1 << 20
 TILE_BYTES = {"cpu": 8 * MIB, "cuda": 128 * MIB}
 MAX_ROWS = {"cpu": 2048, "cuda": 8192}
 MIN_ROWS, MIN_COLS = 32, 256  # the smallest tile worth a GEMM; a budget below it is raised to it
-MIN_CHUNK = 128  # complete rows: below this the weight is re-read too often, and recompute is cheaper
+MIN_CHUNK = 32  # complete rows of the smallest chunk
 ROW_BYTES = 256  # the vectors of a chunk's rows: sums, coefficients, float64 in between
-GATHER_BYTES = 3 * MIB  # gathered weight rows and the products with them, see backends.torch_
-HALF = (torch.bfloat16, torch.float16)
+GATHER_BYTES = 3 * STEP_BYTES  # gathered weight rows and the products with them, see backends.torch_
+
+# What the choice between plans rests on, per device: FLOPs of a GEMM in the time that one byte takes to or
+# from memory, of float32 and of 16-bit operands; the bytes per logit that passes over a tile amount to, from
+# the logit to its exponential; the rows of a chunk at which a GEMM runs at half its speed.
+FLOPS_PER_BYTE = {"cpu": (10.0, 40.0), "cuda": (12.0, 184.0)}
+EXP_BYTES = {"cpu": 5, "cuda": 20}
+HALF_SPEED_ROWS = {"cpu": 4, "cuda": 256}
 
 
 @dataclass(frozen=True)
@@ -52,63 +64,119 @@ class Problem:
     capped: bool = False
     entropy: bool = False  # forward
     entropy_grad: bool = False
-    coupling: str | None = (
-        None  # "token" | "sequence" | "pair": when coefficients are known; None: at the end
-    )
-    longest: int = 1  # rows of the largest item
+    average_grad: bool = False  # of the mean logit (label smoothing)
+    main_grad: bool = False
+    static: bool = False  # max_live: nothing is read back from the device
+    coupling: str | None = None  # "token" | "sequence" | "pair": what is known together; None: all at the end
+    sizes: tuple[int, ...] = ()  # live tokens of each sequence or pair
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    @property
+    def low(self) -> bool:
+        """Whether the gradient GEMMs multiply bfloat16."""
+        return gemm_dtype(self) == torch.bfloat16
 
     @property
     def rounds(self) -> bool:
         """Whether dweight is summed in another dtype than it is returned in."""
-        return self.grad_head and self.weight_dtype != self.work
-
-    def scratch(self, plan: str) -> int:
-        """How many tiles are alive at once: E, tanh^2 under a softcap, exponents where the entropy asks."""
-        entropy = self.entropy or (self.entropy_grad and plan == "recompute")
-        return 1 + int(self.capped) + int(entropy)
+        return self.grad_head and not self.main_grad and self.weight_dtype != self.work
 
     @property
     def masked(self) -> bool:
         """Whether live rows must be gathered."""
-        return self.rows != self.given
+        return self.rows != self.given or self.static
 
     @property
-    def _gathered(self) -> bool:
+    def gathered(self) -> bool:
         return self.masked or self.coupling in ("sequence", "pair") or self.hidden_dtype != self.work
 
-    def held(self, plan: str) -> int:
-        """Bytes that a plan holds whatever the sizes of its chunks and tiles."""
-        size, needed = self.work.itemsize, 0
-        if plan in ("single", "window"):
-            needed += size * self.vocab * self.hidden * self.rounds  # the sum of dweight
+    def spilled(self, rows: int) -> int:
+        """Rows of items that are too large for a chunk of `rows`."""
+        return sum(size for size in self.sizes if size > rows)
+
+    def scratch(self, plan: str, rows: int, cols: int) -> tuple[int, int, int]:
+        """Bytes of scratch: tiles, parts of 16-bit products, complete rows."""
+        size, area, complete = self.work.itemsize, rows * cols, plan in COMPLETE
+        entropy = self.entropy or (self.entropy_grad and plan != "jacobian")
+        entropy = entropy or (self.average_grad and self.capped)
+        tiles = size * area * (1 + self.capped + entropy)
+        if self.low and not entropy:
+            tiles += 2 * area  # a tile rounded for the gradient GEMMs
+        if self.low and entropy and complete:
+            tiles += size * area  # E widened, while the entropy's part is formed
+        spare = (
+            SPARE * max(area, rows * self.hidden, cols * self.hidden) + 256 if self.low and self.on_cpu else 0
+        )
+        kept = rows * self.vocab * gemm_dtype(self).itemsize if complete else 0
+        return _whole(tiles), _whole(spare), kept
+
+    def bytes(self, plan: str, rows: int, cols: int, apart: bool = False) -> int:
+        """The peak of a plan with chunks of `rows` and tiles of `cols`, beyond inputs and outputs."""
+        size, H = self.work.itemsize, self.hidden
+        chunks, low = rows < self.rows, self.low
+        x, operand = self.operand or self.hidden_dtype, self.operand or self.weight_dtype
+        needed = sum(self.scratch(plan, rows, cols))
+        needed += (2 if low else size) * rows * H * (self.gathered or self.operand is not None)  # x
+        needed += size * cols * H * (operand != self.work and not low)  # weight, cast
+        needed += 2 * cols * H * (operand != self.weight_dtype)  # and rounded first
+        if {x, operand} & {*HALF} and not self.on_cpu:
+            needed += size * max(rows * cols, rows * H, cols * H)  # what a GEMM gives before it is added
+        needed += min(GATHER_BYTES, 3 * size * rows * H) + ROW_BYTES * rows
+        if plan in (*COMPLETE, "recompute"):
+            # dhidden of the chunk; rows scaled by coefficients, and rounded
+            needed += size * rows * H * (self.gathered + 1) + 2 * rows * H * low
+            if self.rounds and (plan == "recompute" or not chunks):
+                needed += size * cols * H  # the sum of a slice of dweight
+        if plan == "jacobian":
+            needed += size * rows * H * 2 * self.gathered  # product and dhidden of the chunk
+        if plan in COMPLETE:
+            needed += size * self.vocab * H * (self.rounds and chunks)  # the sum of dweight
             # which the upstream gradient may lift out of float16's range: it stays float32 until backward
-            needed += size * self.given * self.hidden * (self.hidden_dtype == torch.float16)
-        if plan == "recompute" and self.rounds and self.grad_hidden:
-            needed += size * self.rows * self.hidden * self._gathered  # dhidden, until the last slice is done
+            needed += size * self.given * H * (self.hidden_dtype == torch.float16)
+        if plan == "recompute" and chunks and not apart:
+            needed += self.waiting
         return needed
 
-    def bytes(self, plan: str, rows: int, cols: int) -> int:
-        """What a plan needs at a time for chunks of `rows` and tiles of `cols`, on top of what is held."""
-        size, H, gathered = self.work.itemsize, self.hidden, self._gathered
-        x, operand = self.operand or self.hidden_dtype, self.operand or self.weight_dtype
-        needed = size * rows * cols * self.scratch(plan)
-        needed += size * rows * H * (gathered or self.operand is not None)  # x
-        needed += size * cols * H * (operand != self.work)  # weight, cast
-        needed += 2 * cols * H * (operand != self.weight_dtype)  # and rounded first
-        if {x, operand} & {*HALF} and (self.rounded or self.device.type == "cuda"):
-            # E rounded for the GEMM, and what the GEMM gives before it is added
-            needed += 2 * rows * cols + size * max(rows * cols, rows * H, cols * H)
-            needed += size * rows * H * (x != operand)  # x, cast to meet the weight
-        needed += min(GATHER_BYTES, 3 * size * rows * H) + ROW_BYTES * rows
-        if plan in ("single", "window", "recompute"):
-            needed += size * rows * H * (gathered + 1)  # dhidden of the chunk; rows scaled by coefficients
+    @property
+    def waiting(self) -> int:
+        """Bytes of dhidden that wait for the last slice of dweight, in recompute."""
+        held = self.rounds and self.grad_hidden and self.gathered
+        return self.work.itemsize * self.rows * self.hidden * held
+
+    def passes(self, plan: str, rows: int, apart: bool = False) -> tuple[float, float]:
+        """GEMM passes for logits and for gradients, every coefficient taken as live."""
+        gradients = self.grad_hidden + self.grad_head
+        if plan == "score":
+            return 1, 0
         if plan == "jacobian":
-            needed += size * rows * H * 2 * gathered  # product and dhidden of the chunk
-        if plan in ("single", "window"):
-            needed += size * rows * self.vocab
-        if plan == "recompute" and self.rounds:
-            needed += size * cols * H  # the sum of a slice of dweight
-        return needed
+            return 1, 1
+        again = 1.0 if plan == "recompute" else self.spilled(rows) / max(self.rows, 1)
+        return 1 + again + apart, gradients
+
+    def cost(self, plan: Plan) -> float:
+        """Estimated time in units of one GEMM pass over all live rows."""
+        kind = "cpu" if self.on_cpu else "cuda"
+        logits, gradients = self.passes(plan.name, plan.rows, plan.apart)
+        if self.low and self.on_cpu and not self.rounded:
+            logits *= 2  # a second product for what the first one's rounding lost
+        byte = FLOPS_PER_BYTE[kind][self.low] / (2 * max(self.rows, 1) * self.vocab * self.hidden)
+        chunks = -(-self.rows // plan.rows)
+        weight = self.vocab * self.hidden
+        moved = (logits + gradients) * chunks * weight * self.weight_dtype.itemsize
+        moved += logits * self.rows * self.vocab * EXP_BYTES[kind]
+        kept = plan.rows * self.vocab * gemm_dtype(self).itemsize
+        if plan.name in COMPLETE and kept > TILE_BYTES[kind]:  # written once, read by every gradient GEMM
+            moved += (1 + gradients) * kept * chunks
+        if self.grad_head and not (self.rounds and plan.name == "recompute"):
+            moved += 2 * chunks * weight * self.work.itemsize  # dweight is read and written
+        slow = 1 + HALF_SPEED_ROWS[kind] / plan.rows
+        return (logits + gradients) * slow + byte * moved
+
+
+COMPLETE = ("single", "window")  # plans that keep E of complete rows
 
 
 @dataclass(frozen=True)
@@ -117,6 +185,28 @@ class Plan:
     rows: int  # of a chunk
     cols: int  # of a tile of the vocabulary
     apart: bool = False  # recompute: dhidden and dweight in walks of their own
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan as the planner sees it: its sizes and estimates, or why it cannot serve."""
+
+    name: str
+    plan: Plan | None
+    reason: str = ""
+    passes: float = 0.0
+    cost: float = 0.0  # in GEMM passes
+    nbytes: int = 0
+
+
+def gemm_dtype(problem: Problem) -> torch.dtype:
+    """What the gradient GEMMs multiply: bfloat16 where both operands are, else the dtype of the logits.
+
+    (float16 lacks the range of the exponentials, and is cast.)
+    """
+    x = problem.operand or problem.hidden_dtype
+    weight = problem.operand or problem.weight_dtype
+    return torch.bfloat16 if x == weight == torch.bfloat16 else problem.work
 
 
 def budget(workspace_bytes: int | None, problem: Problem) -> int:
@@ -130,42 +220,13 @@ def budget(workspace_bytes: int | None, problem: Problem) -> int:
         if workspace_bytes <= 0:
             raise ValueError(f"workspace_bytes must be positive; got {workspace_bytes}.")
         return workspace_bytes
-    if problem.device.type == "cpu":
+    if problem.on_cpu:
         return 256 * MIB
-    fast = problem.held("single") + problem.bytes("single", min(problem.rows, 4096), 1024)
+    fast = problem.bytes("single", min(problem.rows, 4096), 1024)
     total = (
         torch.cuda.get_device_properties(problem.device).total_memory if problem.device.type == "cuda" else 0
     )
     return min(fast, total // 16) if total else fast
-
-
-def why_not(plan: str, problem: Problem, available: int) -> str | None:
-    """None if the plan can serve the problem within `available` bytes, else a sentence."""
-    grad = problem.grad_hidden or problem.grad_head
-    if plan == "score":
-        return "score computes no gradients, and some are needed" if grad else None
-    if plan == "jacobian":
-        if problem.grad_head:
-            return "jacobian serves a frozen head only, and the weight or bias needs a gradient"
-        if problem.entropy_grad:
-            return "jacobian does not hold what the entropy's gradient needs; use recompute"
-        return None
-    if plan == "recompute":
-        return None
-    wanted = "single" if problem.coupling == "token" else "window"
-    if problem.coupling is None:
-        return f"{plan} needs coefficients that are known in the forward: call align_loss"
-    if plan != wanted:
-        return f"the loss couples a {problem.coupling}, whose plan is {wanted!r}"
-    if problem.rows and _chunk_rows(problem, plan, available - problem.held(plan)) == 0:
-        rows = _least_rows(problem)
-        least = problem.held(plan) + problem.bytes(plan, rows, _least_cols(problem))
-        return (
-            f"{plan} needs workspace_bytes >= {least} to hold all "
-            f"exponents of {rows} tokens (the longest {problem.coupling} has {problem.longest}); got "
-            f"{available}"
-        )
-    return None
 
 
 def check_plan(plan: str) -> None:
@@ -183,47 +244,110 @@ def choose(problem: Problem, plan: str = "auto", workspace_bytes: int | None = N
     available = budget(workspace_bytes, problem)
     if not (problem.grad_hidden or problem.grad_head):
         plan = "score"
-    elif plan == "auto":  # in the order of their GEMM passes
-        plan = next(name for name in PLANS[1:] if why_not(name, problem, available) is None)
-    else:
-        reason = why_not(plan, problem, available)
-        if reason is not None:
-            raise ValueError(f"plan={plan!r} cannot serve this call: {reason}.")
-    held = problem.held(plan)
-    apart = plan == "recompute" and held > available // 2  # a fifth pass costs less than small tiles
-    return Plan(plan, *_sizes(plan, problem, available - (0 if apart else held)), apart)
+    if plan != "auto":
+        found = candidate(plan, problem, available)
+        if found.plan is None:
+            raise ValueError(f"plan={plan!r} cannot serve this call: {found.reason}.")
+        return found.plan
+    able = [c.plan for c in candidates(problem, available) if c.plan is not None]
+    return min(able, key=problem.cost)
 
 
-def _sizes(plan: str, problem: Problem, available: int) -> tuple[int, int]:
-    if plan in ("single", "window"):
-        rows = max(_chunk_rows(problem, plan, available), 1)
+def candidates(problem: Problem, available: int) -> list[Candidate]:
+    return [candidate(name, problem, available) for name in PLANS[1:]]
+
+
+def candidate(name: str, problem: Problem, available: int) -> Candidate:
+    """The plan `name` with the sizes it would take within `available` bytes."""
+    reason = _unfit(name, problem)
+    plan = None if reason else _sized(name, problem, available)
+    if plan is None:
+        return Candidate(name, None, reason or _too_small(name, problem, available))
+    return Candidate(
+        name,
+        plan,
+        passes=sum(problem.passes(name, plan.rows, plan.apart)),
+        cost=problem.cost(plan),
+        nbytes=problem.bytes(name, plan.rows, plan.cols, plan.apart),
+    )
+
+
+def _unfit(plan: str, problem: Problem) -> str | None:
+    """Why a plan could not serve with any budget."""
+    if plan == "score":
+        grad = problem.grad_hidden or problem.grad_head
+        return "score computes no gradients, and some are needed" if grad else None
+    if plan == "recompute":
+        return None
+    if plan == "jacobian":
+        if problem.grad_head:
+            return "jacobian serves a frozen head only, and the weight or bias needs a gradient"
+        if problem.entropy_grad:
+            return "jacobian does not hold what the entropy's gradient needs; use recompute"
+    elif problem.coupling is None:
+        return f"{plan} needs coefficients that are known in the forward: call align_loss"
+    elif plan != ("single" if problem.coupling == "token" else "window"):
+        wanted = "single" if problem.coupling == "token" else "window"
+        return f"the loss couples a {problem.coupling}, whose plan is {wanted!r}"
+    elif plan == "window" and problem.static:
+        return "window needs the lengths of the sequences on the host, and max_live forbids to read them"
+    if problem.capped and (problem.average_grad or problem.entropy_grad):
+        return (
+            f"{plan} does not hold what label smoothing or the entropy needs under a softcap; use recompute"
+        )
+    return None
+
+
+def _too_small(plan: str, problem: Problem, available: int) -> str:
+    rows = _least_rows(problem)
+    shortest = min((size for size in problem.sizes if size), default=rows)
+    least = problem.bytes(plan, max(rows, shortest), _least_cols(problem))
+    what = (
+        f"of {rows} tokens" if not problem.sizes else f"of one {problem.coupling} ({shortest} tokens or more)"
+    )
+    return f"{plan} needs workspace_bytes >= {least} to hold all exponents {what}; got {available}"
+
+
+def _sized(name: str, problem: Problem, available: int) -> Plan | None:
+    """The sizes of a plan within `available` bytes; None where complete rows of not one item fit."""
+    if name in COMPLETE:
+        rows = _chunk_rows(problem, name, available)
+        if not rows:
+            return None
     else:
         rows = min(problem.rows, _most_rows(problem))
-    rows = max(rows, 1)
+    rows, apart = max(rows, 1), False
+    if name == "recompute" and rows < problem.rows:
+        apart = problem.waiting > available // 2  # one more pass costs less than small tiles
     cols = _cols(problem, rows)
-    while problem.bytes(plan, rows, cols) > available:
+    while problem.bytes(name, rows, cols, apart) > available:
         if cols > _least_cols(problem):
             cols = max(_least_cols(problem), cols // 2)
-        elif rows > MIN_ROWS and plan not in ("single", "window"):
+        elif rows > MIN_ROWS and name not in COMPLETE:
             rows = max(MIN_ROWS, rows // 2)
         else:
             break
-    if plan != "window":  # even chunks: a short last one wastes a pass over the weight
+    if name != "window":  # even chunks: a short last one wastes a pass over the weight
         rows = -(-problem.rows // max(1, -(-problem.rows // rows)))
-    return max(rows, 1), cols
+    return Plan(name, max(rows, 1), cols, apart)
 
 
 def _chunk_rows(problem: Problem, plan: str, available: int) -> int:
-    """The most complete rows that fit, 0 if those of the smallest useful chunk do not."""
+    """The most complete rows that fit, 0 if there are none that are of use."""
     least = _least_rows(problem)
-    rows = max(least, min(problem.rows, _most_rows(problem)))
+    rows = max(least, min(problem.rows, _most_rows(problem)), 1)
+    if problem.sizes:  # whole items: the largest one may be larger than a chunk should be
+        rows = max(rows, min(max(problem.sizes), problem.rows))
     while rows > least and problem.bytes(plan, rows, _least_cols(problem)) > available:
         rows = max(least, rows * 7 // 8)
-    return rows if problem.bytes(plan, rows, _least_cols(problem)) <= available else 0
+    if problem.rows and problem.bytes(plan, rows, _least_cols(problem)) > available:
+        return 0
+    return 0 if problem.sizes and problem.spilled(rows) == problem.rows > 0 else rows
 
 
 def _least_rows(problem: Problem) -> int:
-    return min(problem.rows, max(MIN_CHUNK, problem.longest))
+    """The fewest complete rows worth a chunk: at least one item."""
+    return min(problem.rows, max(MIN_CHUNK, min((size for size in problem.sizes if size), default=0)))
 
 
 def _most_rows(problem: Problem) -> int:
@@ -237,3 +361,8 @@ def _least_cols(problem: Problem) -> int:
 def _cols(problem: Problem, rows: int) -> int:
     tile = TILE_BYTES.get(problem.device.type, 128 * MIB) // (problem.work.itemsize * rows)
     return min(problem.vocab, max(MIN_COLS, tile // 256 * 256))
+
+
+def _whole(nbytes: int) -> int:
+    """Rounded up, so that what follows is aligned."""
+    return -(-nbytes // 64) * 64

@@ -13,21 +13,20 @@ _kept = threading.local()
 
 
 @contextmanager
-def lease(elements: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-    """A flat scratch tensor [elements]. A nested lease gets memory of its own, never the one in use.
+def lease(nbytes: int, device: torch.device) -> Iterator[Tensor]:
+    """Flat scratch, uint8 [nbytes]. A nested lease gets memory of its own, never the one in use.
 
     On an accelerator the caching allocator already keeps pages, so nothing is held back here.
     """
-    nbytes = elements * dtype.itemsize
     if device.type != "cpu":
-        yield torch.empty(elements, dtype=dtype, device=device)
+        yield torch.empty(nbytes, dtype=torch.uint8, device=device)
         return
     kept, _kept.buffer = getattr(_kept, "buffer", None), None
     if kept is None or kept.numel() < nbytes:
         kept = None  # free the old pages before new ones are asked for
         kept = torch.empty(nbytes, dtype=torch.uint8)
     try:
-        yield kept[:nbytes].view(dtype)
+        yield kept[:nbytes]
     finally:
         _kept.buffer = kept
 

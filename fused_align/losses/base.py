@@ -59,6 +59,17 @@ class Loss:
         return UNITS[self.item]
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """Statistics that `items` takes from `batch.stat` besides logp: of "entropy", "lse", "average"."""
+        return ()
+
+    def plain(self) -> Loss:
+        """The loss without its terms that read more than log-probs: what an evaluation reports."""
+        if self.reads:
+            raise NotImplementedError(f"{self.name} reads {self.reads}, so it must define plain().")
+        return self
+
+    @property
     def needs_ref(self) -> bool:
         """Whether batch.ref_logp is read."""
         return self.anchor == "ref"
@@ -71,7 +82,8 @@ class Loss:
         """What each item is multiplied by before the sum is divided by the count of `unit`, float64."""
         if self.item == "token":
             return _token_weight(batch)
-        return torch.ones(batch.count(self.unit), dtype=torch.float64, device=batch.target.device)
+        count = batch.sequences if self.item == "sequence" else batch.pairs
+        return torch.ones(count, dtype=torch.float64, device=batch.target.device)
 
     def metrics(self, logp: Tensor, log_ratio: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Detached scalars under the trainers' usual names; called without grad on the whole live batch."""
@@ -80,7 +92,9 @@ class Loss:
 
 def _token_weight(batch: Batch) -> Tensor:  # -> [n]
     if batch.token_weight is not None:
-        return batch.token_weight.double()
+        return batch.token_weight.double()  # 0 where the batch is padded, as every field
+    if batch.valid is not None:
+        return batch.valid.double()
     return torch.ones(batch.target.numel(), dtype=torch.float64, device=batch.target.device)
 
 
@@ -115,8 +129,12 @@ class Objective:
         log_ratio = self.log_ratio(logp, batch)
         return log_ratio if self.humanline is None else self.humanline.clip(log_ratio)
 
-    def total(self, logp: Tensor, batch: Batch, weights: Tensor) -> Tensor:
-        """Scalar part of the loss that these tokens (of whole items) contribute. Summed in float64."""
+    def total(self, stats: dict[str, Tensor], batch: Batch, weights: Tensor) -> Tensor:
+        """Scalar part of the loss that these tokens (of whole items) contribute. Summed in float64.
+
+        stats: logp, and what the loss `reads` besides, [n] each.
+        """
+        logp, batch = stats["logp"], batch.with_stats(stats)
         items = self.loss.items(logp, self.clipped(logp, batch), batch)
         if items.shape != weights.shape:
             raise ValueError(
@@ -126,13 +144,16 @@ class Objective:
         return (items.double() * weights).sum().to(logp.dtype)
 
     @torch.no_grad()
-    def metrics(self, logp: Tensor) -> dict[str, Tensor]:
-        batch = self.batch
-        logp = logp.detach()
+    def metrics(self, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+        stats = {name: stat.detach() for name, stat in stats.items()}
+        logp, batch = stats["logp"], self.batch.with_stats(stats)
         found = self.loss.metrics(logp, self.clipped(logp, batch), batch)
-        found["tokens/live"] = torch.tensor(float(logp.numel()), device=logp.device)
+        found["tokens/live"] = torch.ones_like(logp[:1]).sum() * batch.count("tokens")
         if self.humanline is not None:
-            found["humanline/unclipped"] = self.humanline.unclipped(self.log_ratio(logp, batch))
+            inside = self.humanline.inside(self.log_ratio(logp, batch))
+            found["humanline/unclipped"] = batch.token_mean(inside.to(logp.dtype))
+        if "entropy" in stats:
+            found["entropy"] = batch.token_mean(stats["entropy"])
         return found
 
 
@@ -146,7 +167,8 @@ def _divisor(
             )
         normalizer = normalizer[loss.unit]
     if normalizer is None:
-        return max(batch.count(loss.unit), 1)  # nothing to sum: the loss is 0, not 0/0
+        count = batch.count(loss.unit)  # nothing to sum: the loss is 0, not 0/0
+        return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ MAX_ITEM = 1e30  # of rho * KL, whose factors may reach e^60 each
 class GRPO(Loss):
     """Clipped policy gradient with an optional KL penalty; one item per token:
 
-        -min( min(rho, delta) A, clip(rho, 1-eps_low, 1+eps_high) A ) + beta * KL
+        -min( min(rho, delta) A, clip(rho, 1-eps_low, 1+eps_high) A ) + beta * KL - entropy_coef * entropy
 
     KL of the unclipped log-probs against batch.ref_logp, d = log ref - log pi: "k3" exp(d) - d - 1, "k1" -d,
     "k2" d^2/2; times rho with `kl_correction`. delta (above 1 + eps_high) bounds rho where A < 0 (two-sided).
@@ -42,6 +42,7 @@ class GRPO(Loss):
     kl_correction: bool = False
     aggregation: str = "seq_mean_token_mean"
     max_length: int | None = None
+    entropy_coef: float = 0.0
 
     anchor = "old"
 
@@ -68,6 +69,13 @@ class GRPO(Loss):
         return self.beta != 0
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        return ("entropy",) if self.entropy_coef else ()
+
+    def plain(self) -> GRPO:
+        return replace(self, entropy_coef=0.0)
+
+    @property
     def unit(self) -> str:
         return "tokens" if self.aggregation == "token_mean" else "sequences"
 
@@ -83,10 +91,12 @@ class GRPO(Loss):
         bounded = rho if self.delta is None else rho.clamp(max=self.delta)
         clipped = rho.clamp(1 - self.eps_low, 1 + self.eps_high)
         items = -torch.minimum(bounded * advantage, clipped * advantage)
-        if self.beta == 0:
-            return items
-        kl = self.penalty(logp, batch)
-        return items + self.beta * ((rho * kl).clamp(max=MAX_ITEM) if self.kl_correction else kl)
+        if self.beta != 0:
+            kl = self.penalty(logp, batch)
+            items = items + self.beta * ((rho * kl).clamp(max=MAX_ITEM) if self.kl_correction else kl)
+        if self.entropy_coef:
+            items = items - self.entropy_coef * batch.stat("entropy", self.name)
+        return items
 
     def penalty(self, logp: Tensor, batch: Batch) -> Tensor:
         """[n] estimates of KL(pi || ref), nats. Source: J. Schulman, "Approximating KL divergence", 2020."""
@@ -103,12 +113,12 @@ class GRPO(Loss):
         low = (rho < 1 - self.eps_low) & (advantage < 0)
         high = (rho > 1 + self.eps_high) & (advantage > 0)
         found = {
-            "clip_ratio/low_mean": low.float().mean(),
-            "clip_ratio/high_mean": high.float().mean(),
-            "clip_ratio/region_mean": (low | high).float().mean(),
+            "clip_ratio/low_mean": batch.token_mean(low.float()),
+            "clip_ratio/high_mean": batch.token_mean(high.float()),
+            "clip_ratio/region_mean": batch.token_mean((low | high).float()),
         }
         if batch.ref_logp is not None:
-            found["kl"] = self.penalty(logp, batch).mean()
+            found["kl"] = batch.token_mean(self.penalty(logp, batch))
         return found
 
 

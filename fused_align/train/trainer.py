@@ -409,9 +409,11 @@ class AlignTrainer(Trainer):
         batch = fa.Batch(
             torch.zeros(len(logp), dtype=torch.int64), cu_seqlens=lengths.cumsum(0), **fields
         ).live()
-        objective = Objective(self.loss, batch, None, None)
-        loss = objective.total(logp, batch, objective.weights)
-        return {"loss": loss.item()} | {name: value.item() for name, value in objective.metrics(logp).items()}
+        objective, stats = Objective(self.loss.plain(), batch, None, None), {"logp": logp}
+        loss = objective.total(stats, batch, objective.weights)
+        return {"loss": loss.item()} | {
+            name: value.item() for name, value in objective.metrics(stats).items()
+        }
 
 
 # ---- callbacks -------------------------------------------------------------------------------------------

@@ -1,0 +1,218 @@
+"""Gradients under construction: dhidden, dweight and dbias from chunks of rows and their coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends import torch_ as steps
+from ..rows import Rows
+from .coefficients import Coefficients
+from .passes import Chunk, Head, Walk
+
+
+class Gradients:
+    """The gradients of one call, allocated once; chunks add to them.
+
+    dweight is summed in the dtype of the logits and rounded once. Where the two dtypes are the same, or the
+    caller gives main_grad, it is its own sum. Else a sum [V, H] is held; or, `sliced`, one slice of the
+    vocabulary is finished over all chunks before the next begins, so that a slice is all there is to hold.
+    dhidden of all rows then waits in `self.rows`, unless there is one chunk or the plan forms it apart.
+    """
+
+    def __init__(
+        self,
+        walk: Walk,
+        hidden: Tensor,  # [M, H]
+        needs: Sequence[bool],  # hidden, weight, bias
+        *,
+        main_grad: Tensor | None = None,  # [V, H]
+        average: Tensor | None = None,  # [H] mean row of weight, where the mean logit has a gradient
+        by_slice: bool,
+        waiting: int = 0,  # rows whose dhidden waits for the last slice
+        late: bool = False,  # the upstream gradient comes later
+        padded: bool = False,  # Rows with padding, which write to a spare row
+    ) -> None:
+        self.walk, self.head, self.average = walk, walk.head, average
+        weight, work, device = self.head.weight, walk.work, hidden.device
+        rows, size = hidden.shape
+
+        def dtype(tensor: Tensor) -> torch.dtype:
+            # scaling by the upstream gradient may lift it into float16's range
+            return work if late and tensor.dtype == torch.float16 else tensor.dtype
+
+        self.count = rows
+        self.hidden = self.weight = self.bias = self.sum = self.rows = self.uniform = None
+        if needs[0]:
+            self.hidden = torch.zeros(rows + padded, size, dtype=dtype(hidden), device=device)
+        if needs[1]:
+            self.sum = main_grad
+        if needs[1] and main_grad is None:
+            self.weight = torch.empty(weight.shape, dtype=dtype(weight), device=device)
+            if self.weight.dtype == work:
+                self.sum = self.weight
+            elif not by_slice:
+                self.sum = torch.empty(weight.shape, dtype=work, device=device)
+        self.sliced = self.weight is not None and self.sum is None
+        if needs[2]:
+            self.bias = torch.zeros(weight.shape[0], dtype=work, device=device)
+        if self.sliced and self.hidden is not None and waiting:
+            self.rows = torch.empty(waiting, size, dtype=work, device=device)
+        if average is not None and needs[1]:
+            self.uniform = torch.zeros(size, dtype=work, device=device)
+        self.slice: Tensor | None = None
+        # the first chunk writes a tile of dweight, the others add
+        self.written = set() if main_grad is None else {start for start, _ in walk.tiles()}
+
+    def add(
+        self,
+        rows: Rows,
+        places: slice,  # of the chunk among the waiting rows
+        chunk: Chunk,
+        coef: Coefficients,
+        *,
+        kept: Tensor | None = None,  # [r', V], what forward kept; None: tiles are computed again
+        live: Tensor | None = None,  # [r] the chunk's rows among those of kept; None: all
+        only: int | None = None,  # the number of one tile; the last one completes dhidden
+        ends: Targets | None = None,  # this is the only chunk: its slices of dweight are complete at once
+        parts: tuple[bool, bool] = (True, True),  # dhidden; dweight and dbias
+    ) -> None:
+        """Adds the gradients of a chunk."""
+        assert chunk.x is not None
+        tiles = list(self.walk.tiles())
+        scaled = None
+        if parts[1] and (self.sum is not None or self.sliced):
+            scaled = (chunk.x * coef.rows[:, None]).to(self.walk.gemm_dtype)
+        dhidden = self._rows_of_hidden(rows, places) if parts[0] else None
+        if parts[1] and only in (None, 0):
+            self._add_vectors(chunk, coef)
+        for number, (start, stop) in enumerate(tiles):
+            if only not in (None, number):
+                continue
+            tile = self.walk.gradient_tile(chunk, coef, number, start, stop, kept, live)
+            if dhidden is not None:
+                weight, _ = self.head.tile(start, stop)
+                self.walk.gemm(dhidden, tile, weight, start > 0)
+            if scaled is not None:
+                self.walk.gemm(self._part(start, stop), tile.t(), scaled, start in self.written)
+                self.written.add(start)
+            if ends is not None:
+                self.round_slice(start, stop, ends)
+            if self.bias is not None and parts[1]:
+                _add_products(self.bias[start:stop], tile, coef.rows)
+        if scaled is not None and self.sum is not None:
+            steps.add_hidden_rows(self.sum, chunk.target, chunk.x, coef.target)
+        if dhidden is not None and only in (None, len(tiles) - 1):
+            dhidden.mul_(coef.rows[:, None])
+            self.store_hidden(rows, dhidden, chunk, coef)
+
+    def _part(self, start: int, stop: int) -> Tensor:
+        """Where a slice of dweight is summed."""
+        if self.sum is not None:
+            return self.sum[start:stop]
+        if self.slice is None:
+            shape = self.walk.cols, self.head.weight.shape[1]
+            self.slice = torch.empty(shape, dtype=self.walk.work, device=self.head.weight.device)
+        return self.slice[: stop - start]
+
+    def _add_vectors(self, chunk: Chunk, coef: Coefficients) -> None:
+        assert chunk.x is not None
+        if self.bias is not None:
+            self.bias.index_add_(0, chunk.target, coef.target)
+            if coef.average is not None:
+                self.bias.add_(coef.average.sum() / self.bias.numel())
+        if self.uniform is not None and coef.average is not None:
+            self.uniform.addmv_(chunk.x.t().to(self.walk.work), coef.average.to(self.walk.work))
+
+    def _in_place(self, rows: Rows) -> bool:
+        return (
+            isinstance(rows.index, slice) and self.hidden is not None and self.hidden.dtype == self.walk.work
+        )
+
+    def _rows_of_hidden(self, rows: Rows, places: slice) -> Tensor | None:
+        """Where dhidden of a chunk is summed: in place where it can be."""
+        if self.hidden is None:
+            return None
+        if self._in_place(rows):
+            return self.hidden[rows.index]  # a view
+        if self.rows is not None:
+            return self.rows[places]
+        return self.hidden.new_empty(len(rows), self.hidden.shape[1], dtype=self.walk.work)
+
+    def store_hidden(self, rows: Rows, dhidden: Tensor, chunk: Chunk, coef: Coefficients) -> None:
+        """Completes dhidden [r, H] of a chunk by the rows of the weight that do not come through E."""
+        steps.add_target_rows(dhidden, self.head.weight, chunk.target, coef.target, self.head.operand)
+        if coef.average is not None and self.average is not None:
+            dhidden.addr_(coef.average.to(dhidden.dtype), self.average.to(dhidden.dtype))
+        if self.hidden is not None and not self._in_place(rows):
+            self.hidden[rows.index] = dhidden.to(self.hidden.dtype)
+
+    def add_jacobian(
+        self, rows: Rows, chunk: Chunk, product: Tensor, others: Tensor, coef: Coefficients
+    ) -> None:
+        """dhidden of a chunk: others [r] times product [r, H] = (1/Z) (E f) @ W, and the targets' rows."""
+        dhidden = self._rows_of_hidden(rows, slice(0))
+        if dhidden is not None:
+            torch.mul(product, others[:, None], out=dhidden)
+            self.store_hidden(rows, dhidden, chunk, coef)
+
+    def round_slice(self, start: int, stop: int, targets: Targets) -> None:
+        """Writes a slice of dweight, complete now but for the targets in it."""
+        part = self._part(start, stop)
+        targets.add(part, start, self.head)
+        if self.uniform is not None:
+            part.add_(self.uniform, alpha=1 / self.head.weight.shape[0])
+        if self.weight is not None:
+            self.weight[start:stop] = part.to(self.weight.dtype)
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dhidden, dweight, dbias, in the dtypes of what they are gradients of; no dweight with main_grad."""
+        if not self.written:  # no live row at all
+            for grad in (self.weight, self.sum):
+                if grad is not None:
+                    grad.zero_()
+        if self.sum is not None:
+            if self.uniform is not None:
+                self.sum.add_(self.uniform, alpha=1 / self.head.weight.shape[0])
+            if self.weight is not None and self.weight is not self.sum:
+                self.weight.copy_(self.sum)
+        hidden = None if self.hidden is None else self.hidden[: self.count]
+        bias = None if self.bias is None or self.head.bias is None else self.bias.to(self.head.bias.dtype)
+        return hidden, self.weight, bias
+
+
+class Targets:
+    """The targets' columns of dweight by slices of the vocabulary, for gradients that are `sliced`."""
+
+    def __init__(
+        self, walk: Walk, hidden: Tensor, rows: Rows, target: Tensor, coef: Tensor, static: bool
+    ) -> None:
+        self.hidden, self.rows, self.target, self.coef = hidden, rows, target, coef
+        self.block, self.bounds, self.order = walk.block, None, None
+        if not static:  # one small copy to the host
+            self.order = target.argsort(stable=True)
+            edges = torch.arange(1, len(list(walk.tiles())) + 1, device=target.device) * walk.cols
+            self.bounds = [0, *torch.searchsorted(target[self.order], edges).tolist()]
+            self.cols = walk.cols
+
+    def add(self, part: Tensor, start: int, head: Head) -> None:  # part [v, H]
+        """part[y] += coef h for the rows whose target y lies in the slice that begins at start."""
+        if self.bounds is None or self.order is None:
+            mine = torch.arange(len(self.rows), device=part.device)
+        else:
+            number = start // self.cols
+            mine = self.order[self.bounds[number] : self.bounds[number + 1]]
+        for index in mine.split(self.block):
+            column, coef = self.target[index] - start, self.coef[index]
+            inside = (column >= 0) & (column < part.shape[0])
+            x = head.operands(self.rows[index].take(self.hidden))
+            steps.add_hidden_rows(part, torch.where(inside, column, 0), x, torch.where(inside, coef, 0.0))
+
+
+def _add_products(out: Tensor, tile: Tensor, coef: Tensor) -> None:
+    """out [v] += coef [r] @ tile [r, v], in out's dtype whatever the tile's."""
+    block = tile.shape[0] if tile.dtype == out.dtype else max(1, steps.GATHER_BYTES // (4 * tile.shape[1]))
+    for part, c in zip(tile.split(block), coef.split(block), strict=True):
+        out.addmv_(part.t().to(out.dtype), c)
