@@ -5,6 +5,7 @@ from .batch import Batch
 from .humanline import Humanline, SyncSchedule
 from .linear import TokenStats, linear_logp, logp_from_logits, release_workspace, token_stats
 from .losses import DPO, GRPO, IPO, KTO, PPO, SFT, Loss, kto_kl
+from .planning import explain
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "SyncSchedule",
     "TokenStats",
     "align_loss",
+    "explain",
     "kto_kl",
     "linear_logp",
     "logp_from_logits",

@@ -12,10 +12,10 @@ from . import backends
 from .batch import Batch
 from .humanline import Humanline
 from .linear.fused import STATS, Call, FusedLoss, item_sizes
-from .linear.logp import autocast_dtype, check_head, check_main_grad, check_max_live, check_target, waist
+from .linear.logp import autocast_dtype, check_call, waist
 from .linear.ops import make_problem
 from .linear.passes import Head
-from .linear.plan import choose
+from .linear.plan import COMPLETE, Problem, choose
 from .losses.base import Loss, Objective
 from .rows import Rows
 
@@ -77,40 +77,22 @@ def align_loss(
             missing; humanline with a loss without an anchor; a plan that cannot serve.
     """
     _check_kinds(batch, loss, humanline)
-    if batch.cu_seqlens is not None and hidden.dim() == 3 and hidden.shape[0] == 1:
-        raise ValueError(
-            f"align_loss: hidden must be [N, H] for a packed batch (with cu_seqlens); got "
-            f"{list(hidden.shape)}. Pass hidden[0]."
-        )
-    check_head("align_loss", hidden, weight, bias, logit_scale, softcap, precision, workspace_bytes)
-    check_target("align_loss", hidden, batch.target, temperature)
-    check_max_live("align_loss", max_live)
-    grad = torch.is_grad_enabled()
-    grad_head = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    check_main_grad("align_loss", hidden, weight, main_grad)
+    check_call(
+        "align_loss", hidden, weight, batch.target, bias=bias, temperature=temperature,
+        logit_scale=logit_scale, softcap=softcap, precision=precision, workspace_bytes=workspace_bytes,
+        max_live=max_live, main_grad=main_grad, packed=batch.cu_seqlens is not None,
+    )  # fmt: skip
     live = batch.live(max_live)
     objective = Objective(loss, live, humanline, normalizer)
     head = Head(weight, bias, logit_scale, softcap, autocast_dtype(hidden, weight), precision == "bf16")
     flat = hidden.reshape(-1, hidden.shape[-1])
-    known = main_grad is None or grad_scale is not None
-    problem = make_problem(
-        head,
-        flat,
-        live.rows.numel(),
-        grad_hidden=grad and hidden.requires_grad,
-        grad_head=grad_head,
-        coupling=loss.item if known else None,
-        sizes=() if loss.item == "token" or max_live is not None else tuple(item_sizes(live, loss.item)),
-        entropy="entropy" in loss.reads,
-        entropy_grad="entropy" in loss.reads,
-        average_grad="average" in loss.reads,
-        main_grad=main_grad is not None,
-        static=max_live is not None,
+    problem = loss_problem(
+        head, flat, live, loss, humanline, main_grad=main_grad is not None, scale_known=grad_scale is not None
     )
     backend = backends.pick(backend, hidden.device)
     chosen = choose(problem, plan, workspace_bytes)
     temper = temperature.detach().reshape(-1) if isinstance(temperature, Tensor) else temperature
-    if chosen.name in ("single", "window") and backend != "eager":
+    if chosen.name in COMPLETE and backend != "eager":
         call = Call(head, objective, chosen, problem, temper, main_grad, grad_scale)
         value, found = FusedLoss.apply(flat, weight, bias, call)
         stats = dict(zip(STATS, found.unbind(0), strict=True))
@@ -125,8 +107,42 @@ def align_loss(
         value = objective.total(stats, live, objective.weights)
     if live.surplus is not None:
         value = torch.where(live.surplus, torch.nan, value)
-    stats = {name: stat for name, stat in stats.items() if name == "logp" or name in loss.reads}
-    return AlignOutput(value, objective.metrics(stats))
+    read = {name: stat for name, stat in stats.items() if name == "logp" or name in loss.reads}
+    return AlignOutput(value, objective.metrics(read))
+
+
+def loss_problem(
+    head: Head,
+    hidden: Tensor,  # [N, H]
+    live: Batch,
+    loss: Loss,
+    humanline: Humanline | None,
+    *,
+    main_grad: bool,
+    scale_known: bool,
+) -> Problem:
+    """What the planner is to know of a loss on a batch."""
+    grad = torch.is_grad_enabled()
+    grad_hidden = grad and hidden.requires_grad
+    grad_head = grad and any(t is not None and t.requires_grad for t in (head.weight, head.bias))
+    static = live.valid is not None
+    whole = loss.item != "token" and not static and (grad_hidden or grad_head)
+    return make_problem(
+        head,
+        hidden,
+        live.rows.numel(),
+        grad_hidden=grad_hidden,
+        grad_head=grad_head,
+        coupling=loss.item,
+        sizes=tuple(item_sizes(live, loss.item)) if whole else (),
+        entropy="entropy" in loss.reads,
+        entropy_grad="entropy" in loss.reads,
+        average_grad="average" in loss.reads,
+        main_grad=main_grad,
+        scale_known=scale_known,
+        static=static,
+        sparse=loss.sparse(humanline),
+    )
 
 
 def _check_kinds(batch: object, loss: object, humanline: object) -> None:

@@ -212,7 +212,7 @@ def grpo(
     max_length: int | None,
     entropy_coef: float = 0.0,
 ) -> Tensor:
-    """-min(min(rho, delta) A, clip(rho, 1-eps_low, 1+eps_high) A) + beta k   (arXiv 2402.03300), - coef entropy."""
+    """-min(min(rho, delta) A, clip(rho, 1-eps_low, 1+eps_high) A) + beta k - coef H   (arXiv 2402.03300)."""
     assert x.advantage is not None
     items = []
     for s in x.rows:

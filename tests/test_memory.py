@@ -302,7 +302,7 @@ def test_half_operands_with_more_rows_than_fit(tmp_path: Path):
     fa.linear_logp(hidden, weight, target, workspace_bytes=64 * MIB).sum().backward()
     for got, want in zip(few, (hidden.grad, weight.grad), strict=True):
         assert got is not None and want is not None
-        assert relative_errors(got, want.double())[0] < 1e-4  # but for a last bit here and there
+        assert relative_errors(got, want.double())[0] < 2**-8  # products are rounded to 16 bits
 
 
 def test_a_view_of_hidden_is_copied_once(tmp_path: Path):

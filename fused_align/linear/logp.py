@@ -132,10 +132,11 @@ def _stats(
     entropy: bool,
     lse: bool,
 ) -> TokenStats:
-    check_head(who, hidden, weight, bias, logit_scale, softcap, precision, workspace_bytes)
-    check_target(who, hidden, target, temperature)
-    check_max_live(who, max_live)
-    check_main_grad(who, hidden, weight, main_grad)
+    check_call(
+        who, hidden, weight, target, bias=bias, temperature=temperature, logit_scale=logit_scale,
+        softcap=softcap, precision=precision, workspace_bytes=workspace_bytes, max_live=max_live,
+        main_grad=main_grad,
+    )  # fmt: skip
     shape = target.shape
     y = target.reshape(-1)
     if ignore_index != IGNORE_INDEX:
@@ -242,6 +243,35 @@ def _eager(
 # ---- validation ----------------------------------------------------------------------------------------
 
 
+def check_call(
+    who: str,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    precision: str,
+    workspace_bytes: int | None,
+    max_live: int | None,
+    main_grad: Tensor | None,
+    packed: bool = False,
+) -> None:
+    """Raises with a sentence if the arguments that all public functions share do not fit together."""
+    if packed and isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[0] == 1:
+        raise ValueError(
+            f"{who}: hidden must be [N, H] for a packed batch (with cu_seqlens); got {list(hidden.shape)}. "
+            "Pass hidden[0]."
+        )
+    check_head(who, hidden, weight, bias, logit_scale, softcap, precision, workspace_bytes)
+    check_target(who, hidden, target, temperature)
+    if max_live is not None and (not isinstance(max_live, int) or max_live < 0):
+        raise ValueError(f"{who}: max_live must be a number of tokens or None; got {max_live!r}.")
+    check_main_grad(who, hidden, weight, main_grad)
+
+
 def check_head(
     who: str,
     hidden: Tensor,
@@ -304,11 +334,6 @@ def check_target(who: str, hidden: Tensor, target: Tensor, temperature: float | 
             )
     elif not temperature > 0:
         raise ValueError(f"{who}: temperature must be positive; got {temperature}.")
-
-
-def check_max_live(who: str, max_live: int | None) -> None:
-    if max_live is not None and (not isinstance(max_live, int) or max_live < 0):
-        raise ValueError(f"{who}: max_live must be a number of tokens or None; got {max_live!r}.")
 
 
 def check_main_grad(who: str, hidden: Tensor, weight: Tensor, main_grad: Tensor | None) -> None:

@@ -42,6 +42,7 @@ GATHER_BYTES = 3 * STEP_BYTES  # gathered weight rows and the products with them
 # the logit to its exponential; the rows of a chunk at which a GEMM runs at half its speed.
 FLOPS_PER_BYTE = {"cpu": (10.0, 40.0), "cuda": (12.0, 184.0)}
 EXP_BYTES = {"cpu": 5, "cuda": 20}
+LIVE_SHARE = 0.9  # f, where a loss may clip tokens away: how many is not known before the forward
 HALF_SPEED_ROWS = {"cpu": 4, "cuda": 256}
 
 
@@ -66,7 +67,9 @@ class Problem:
     entropy_grad: bool = False
     average_grad: bool = False  # of the mean logit (label smoothing)
     main_grad: bool = False
+    scale_known: bool = False  # grad_scale: what the loss will be multiplied by
     static: bool = False  # max_live: nothing is read back from the device
+    sparse: bool = False  # whether the loss may give tokens a coefficient of exactly 0
     coupling: str | None = None  # "token" | "sequence" | "pair": what is known together; None: all at the end
     sizes: tuple[int, ...] = ()  # live tokens of each sequence or pair
 
@@ -160,6 +163,8 @@ class Problem:
         """Estimated time in units of one GEMM pass over all live rows."""
         kind = "cpu" if self.on_cpu else "cuda"
         logits, gradients = self.passes(plan.name, plan.rows, plan.apart)
+        if self.sparse and plan.name != "jacobian":
+            logits, gradients = 1 + LIVE_SHARE * (logits - 1), LIVE_SHARE * gradients
         if self.low and self.on_cpu and not self.rounded:
             logits *= 2  # a second product for what the first one's rounding lost
         byte = FLOPS_PER_BYTE[kind][self.low] / (2 * max(self.rows, 1) * self.vocab * self.hidden)
@@ -274,9 +279,11 @@ def candidate(name: str, problem: Problem, available: int) -> Candidate:
 
 def _unfit(plan: str, problem: Problem) -> str | None:
     """Why a plan could not serve with any budget."""
+    grad = problem.grad_hidden or problem.grad_head
     if plan == "score":
-        grad = problem.grad_hidden or problem.grad_head
         return "score computes no gradients, and some are needed" if grad else None
+    if not grad:
+        return f"nothing needs a gradient, so {plan} has nothing to do that score does not"
     if plan == "recompute":
         return None
     if plan == "jacobian":
@@ -289,6 +296,11 @@ def _unfit(plan: str, problem: Problem) -> str | None:
     elif plan != ("single" if problem.coupling == "token" else "window"):
         wanted = "single" if problem.coupling == "token" else "window"
         return f"the loss couples a {problem.coupling}, whose plan is {wanted!r}"
+    elif problem.main_grad and not problem.scale_known:
+        return (
+            f"{plan} adds to main_grad in the forward, so it must know what the loss will be multiplied by: "
+            "pass grad_scale (1.0 if by nothing)"
+        )
     elif plan == "window" and problem.static:
         return "window needs the lengths of the sequences on the host, and max_live forbids to read them"
     if problem.capped and (problem.average_grad or problem.entropy_grad):
@@ -300,12 +312,9 @@ def _unfit(plan: str, problem: Problem) -> str | None:
 
 def _too_small(plan: str, problem: Problem, available: int) -> str:
     rows = _least_rows(problem)
-    shortest = min((size for size in problem.sizes if size), default=rows)
-    least = problem.bytes(plan, max(rows, shortest), _least_cols(problem))
-    what = (
-        f"of {rows} tokens" if not problem.sizes else f"of one {problem.coupling} ({shortest} tokens or more)"
-    )
-    return f"{plan} needs workspace_bytes >= {least} to hold all exponents {what}; got {available}"
+    least = problem.bytes(plan, rows, _least_cols(problem))
+    what = f"{rows} tokens" + (f" (one {problem.coupling} or more)" if problem.sizes else "")
+    return f"{plan} needs workspace_bytes >= {least} to hold all exponents of {what}; got {available}"
 
 
 def _sized(name: str, problem: Problem, available: int) -> Plan | None:

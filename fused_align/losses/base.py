@@ -69,6 +69,10 @@ class Loss:
             raise NotImplementedError(f"{self.name} reads {self.reads}, so it must define plain().")
         return self
 
+    def sparse(self, humanline: Humanline | None) -> bool:
+        """Whether tokens may get a gradient of exactly 0: the planner then prefers plans that skip those."""
+        return humanline is not None
+
     @property
     def needs_ref(self) -> bool:
         """Whether batch.ref_logp is read."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..humanline import Humanline
 from .base import Loss
 
 MAX_LOG_RATIO = 60.0  # e^60 is finite in float32; above it there is no gradient
@@ -71,6 +72,9 @@ class GRPO(Loss):
     @property
     def reads(self) -> tuple[str, ...]:
         return ("entropy",) if self.entropy_coef else ()
+
+    def sparse(self, humanline: Humanline | None) -> bool:
+        return self.beta == 0 and not self.entropy_coef
 
     def plain(self) -> GRPO:
         return replace(self, entropy_coef=0.0)
