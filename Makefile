@@ -1,6 +1,6 @@
 # make demo    align SmolLM2-135M on film reviews that people rated, and show what changed (2 cores, 10 minutes)
 # make test    the tests not marked slow            make test-all   all of them
-# make lint    ruff and pyright                     make bench      the waist against its bare GEMMs
+# make lint    ruff and pyright                     make bench      the plans and their peers, small
 # make gpu     suite and benchmark, on a GPU        make clean      remove what these wrote, .venv apart
 #
 # Each makes .venv first, once. With PY=python3 they run in that existing environment and install nothing:
@@ -14,9 +14,11 @@ ARGS ?=
 
 ifdef PY
 READY :=
+BENCH_READY :=
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+BENCH_READY := $(VENV)/.bench
 endif
 
 # Nothing here asks a model hub.
@@ -50,13 +52,18 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
 
-bench: $(READY)
-	$(PY) bench/waist.py $(ARGS)
+# The peers, on top of the environment: only what is timed needs them. More: python -m bench --help
+$(VENV)/.bench: $(VENV)/.ready
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[bench]'
+	touch $@
 
-gpu: $(READY)
+bench: $(READY) $(BENCH_READY)
+	$(PY) -m pytest bench/test_bench.py --benchmark-only -q $(ARGS)
+
+gpu: $(READY) $(BENCH_READY)
 	$(PY) -m fused_align.env
 	$(PY) -m pytest $(ARGS)
-	$(PY) bench/waist.py
+	$(PY) -m bench run --suite gpu
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

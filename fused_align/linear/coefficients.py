@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 FEW = 16
 
 
+def live_places(alive: Tensor) -> Tensor:  # [n] bool -> [k] int64
+    """Places of the rows to build again: those alive and, where these are few, some others."""
+    places = alive.nonzero().squeeze(1)
+    if not 0 < places.numel() < FEW:
+        return places
+    return torch.sort(~alive, stable=True).indices[:FEW].sort().values
+
+
 @dataclass(frozen=True)
 class Coefficients:
     """What multiplies the rows of a chunk in the gradient GEMMs, [r] each."""

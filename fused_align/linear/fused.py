@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from ..batch import Batch
 from ..losses.base import Objective
 from ..rows import Rows
-from .coefficients import FEW, Coefficients, Upstream, coefficients
+from .coefficients import Coefficients, Upstream, coefficients, live_places
 from .gradients import Gradients, Targets
 from .ops import check_range, check_temperature, per_row, run_walk
 from .passes import Chunk, Head, Walk, load
@@ -148,20 +148,15 @@ class _Run:
     def _upstream(self, stats: Tensor, part: Batch, weights: Tensor) -> tuple[Tensor, Upstream]:
         """The part of the loss of whole items, and its gradients by their statistics."""
         with torch.enable_grad():
-            leaves = [
-                row.detach().requires_grad_() for row, read in zip(stats, self.reads, strict=True) if read
-            ]
-            names = [name for name, read in zip(STATS, self.reads, strict=True) if read]
-            total = self.call.objective.total(dict(zip(names, leaves, strict=True)), part, weights)
-        found: tuple[Tensor | None, ...] = (None,) * len(leaves)
+            named = zip(STATS, stats, self.reads, strict=True)
+            leaves = {name: stat.detach().requires_grad_() for name, stat, read in named if read}
+            total = self.call.objective.total(leaves, part, weights)
+        up: dict[str, Tensor] = {}
         if total.requires_grad:  # a loss may be constant in these tokens
-            found = torch.autograd.grad(total, leaves, allow_unused=True)
-        scale = 1.0 if self.call.grad_scale is None else self.call.grad_scale
-        by_name = {name: grad * scale for name, grad in zip(names, found, strict=True) if grad is not None}
-        logp = by_name.pop("logp", None)
-        return total.detach().double(), Upstream(
-            torch.zeros_like(stats[0]) if logp is None else logp, **by_name
-        )
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+            scale = 1.0 if self.call.grad_scale is None else self.call.grad_scale
+            up = {name: grad * scale for name, grad in zip(leaves, found, strict=True) if grad is not None}
+        return total.detach().double(), Upstream(up.pop("logp", torch.zeros_like(stats[0])), **up)
 
     def _together(
         self, walk: Walk, into: Gradients, part: Batch, places: slice | Tensor, weights: Tensor, rows: Rows
@@ -186,7 +181,6 @@ class _Run:
         if not count:
             return
         coef, live = self._coefficients(chunk, found.up, found.stats), None
-        count = max(count, min(FEW, len(rows)))
         if count < len(rows):
             live = found.order[:count]
             rows, chunk, coef = rows[live], chunk.part(live), coef.part(live)
@@ -230,14 +224,14 @@ class _Run:
         self.stats[:, places] = stats
         for (piece, at), chunk in zip(pieces, walked, strict=True):
             some = up.part(at)
-            alive = some.alive().nonzero().squeeze(1)
-            if not alive.numel():
+            live = live_places(some.alive())
+            if not live.numel():
                 continue
             chunk.tame(some.size())
             coef = self._coefficients(chunk, some, stats[:, at])
-            piece, coef = piece[alive], coef.part(alive)
+            piece = piece[live]
             x = self.call.head.operands(piece.take(self.hidden))
-            into.add(piece, slice(0), chunk.part(alive, x), coef)
+            into.add(piece, slice(0), chunk.part(live, x), coef.part(live))
 
 
 def chunks(

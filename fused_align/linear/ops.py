@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..batch import IGNORE_INDEX
 from ..rows import Rows
-from .coefficients import Coefficients, Upstream, coefficients
+from .coefficients import Coefficients, Upstream, coefficients, live_places
 from .gradients import Gradients, Targets
 from .passes import Chunk, Head, Walk, load, reload, work_dtype
 from .plan import Plan, Problem, choose
@@ -225,7 +225,10 @@ def _backward(
     jacobian = product.numel() > 0
     every = Upstream(dlogp, dlse, dentropy, daverage)
     live = target != IGNORE_INDEX
-    rows = Rows.where(live if jacobian or max_live is not None else live & every.alive(), max_live)
+    rows = Rows.where(live, max_live)
+    if not jacobian and max_live is None:
+        places = live_places(rows.take(every.alive()))
+        rows = rows if places.numel() == len(rows) else rows[places]
     y = check_range(rows.take(target), weight.shape[0])
     problem = make_problem(
         head, hidden, len(rows), grad_hidden=grad_hidden, grad_head=grad_weight or grad_bias,

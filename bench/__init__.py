@@ -1,0 +1,8 @@
+"""The benchmark: the losses of this package and their peers at the same work. `python -m bench --help`.
+
+cases      what is computed: shapes of real models, logits, modes, masks, zero coefficients; named suites
+reference  the loss formulas, and float64 values and gradients that every provider is held against
+providers  who computes it: this package's plans, eager code, torch.compile, and (peers) other libraries
+measure    correctness first, then times in turn with the bare GEMMs, then peak memory
+report     tables, comparison of two runs, plots
+"""

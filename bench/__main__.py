@@ -1,0 +1,246 @@
+"""`python -m bench run | compare | plot | table`: see --help of each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import report
+from .cases import DEAD_BY, DTYPES, MODES, SHAPES, SUITES, Case, Suite
+from .measure import GateError, Settings, peak_here, providers, run_case
+from .providers import Ours, Provider
+
+RESULTS = Path(__file__).parent / "results"
+MIN_ROUNDS = 5  # fewer have no p20 and p80 worth the name
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the globs matches. * and ? are wild; brackets stand in names and mean themselves."""
+    return any(fnmatchcase(name, pattern.replace("[", "[[]")) for pattern in patterns)
+
+
+def find(name: str, device: str) -> Provider:
+    """A provider by its full name, its workspace included."""
+    for provider in providers(device):
+        if provider.name == name:
+            return provider
+        if isinstance(provider, Ours) and name.startswith(provider.name[:-1] + ",") and name.endswith("MiB]"):
+            return provider.with_workspace(int(name.rsplit(",", 1)[1][: -len("MiB]")]))
+    raise ValueError(f"There is no provider {name!r}.")
+
+
+def chosen(
+    suite: Suite, patterns: list[str] | None, workspaces: Iterable[int | None], device: str
+) -> list[Provider]:
+    """The suite's providers, or those asked for; this package's once per workspace."""
+    found: list[Provider] = []
+    for provider in providers(device):
+        if not matches(provider.name, patterns or suite.providers):
+            continue
+        if isinstance(provider, Ours):
+            found += [provider if mib is None else provider.with_workspace(mib) for mib in workspaces]
+        else:
+            found.append(provider)
+    if not found:
+        raise ValueError(f"No provider matches {patterns}; there are {[p.name for p in providers(device)]}.")
+    return found
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """The suite's cases, on the shape, dtype, logits and modes that the arguments ask for."""
+    changes: dict = {}
+    if args.shape:
+        hidden, vocab = SHAPES[args.shape]
+        changes = {"shape": args.shape, "hidden": hidden, "vocab": vocab}
+    given = {"rows": args.rows, "hidden": args.hidden, "vocab": args.vocab}
+    changes |= {name: value for name, value in given.items() if value is not None}
+    if args.hidden or args.vocab:
+        changes["shape"] = "custom"
+    names = ("dtype", "logits", "live", "dead", "dead_by")
+    changes |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    wanted = [case for case in SUITES[args.suite].cases if matches(case.mode, args.modes or ["*"])]
+    if not wanted:
+        raise ValueError(f"The suite {args.suite!r} has no mode that matches {args.modes}.")
+    return list(dict.fromkeys(replace(case, **changes) for case in wanted))
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    suite, device = SUITES[args.suite], args.device
+    if args.rounds < MIN_ROUNDS:
+        raise ValueError(f"--rounds must be at least {MIN_ROUNDS}; got {args.rounds}.")
+    workspaces = [args.workspace_mib] if args.workspace_mib else suite.workspaces
+    todo, using = cases_of(args), chosen(suite, args.providers, workspaces, device)
+    out = Path(args.out) if args.out else RESULTS / f"{args.suite}.jsonl"
+    console.print(f"{args.suite}: {suite.about}. {len(todo)} cases, {len(using)} providers, on {device}.")
+    settings = Settings(device, args.rounds, not args.no_memory, args.max_seconds)
+    said: set[str] = set()
+
+    def say(text: str) -> None:
+        if text not in said:  # the same reason for the next case is no news
+            console.print(f"  {text}", style="dim", markup=False, highlight=False)
+        said.add(text)
+
+    failures: list[str] = []
+    for index, case in enumerate(todo, 1):
+        with console.status(f"{index} of {len(todo)}: {case.label}"):
+            rows = run_case(case, using, settings, say)
+        report.append(out, rows)
+        failures += [f"{row['provider']}, {case.label}: {row['failed']}" for row in rows if "failed" in row]
+        console.print(table(f"{index} of {len(todo)}: {case.label}", report.COLUMNS, map(report.cells, rows)))
+    for failure in failures:
+        console.print(f"failed: {failure}", style="yellow", markup=False, highlight=False)
+    console.print(f"Rows are in {out}.", markup=False)
+    return 0
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[list[str]]) -> Table:
+    found = Table(title=title, title_justify="left")
+    texts = ("case", "mode", "provider", "note")
+    for name in columns:
+        found.add_column(name, justify="left" if name in texts else "right", overflow="fold")
+    for row in rows:
+        found.add_row(*(text.replace("[", "\\[") for text in row))  # brackets are markup to rich
+    return found
+
+
+def compare(args: argparse.Namespace, console: Console) -> int:
+    changes = report.compare(report.read(args.before), report.read(args.after))
+    if not changes:
+        raise ValueError(f"{args.before} and {args.after} have no case and provider in common.")
+
+    def percent(value: object) -> str:
+        return "" if value is None else f"{value:+.1f} %"
+
+    columns = ("case", "mode", "provider", "ratio", "change", "memory", "error")
+    lines = [
+        [
+            report.setting(row), str(row["mode"]), str(row["provider"]),
+            f"{row['ratio_before']:.2f} -> {row['ratio_after']:.2f}", percent(row["ratio_change"]),
+            percent(row["memory_change"]), f"{row['error_before']:.1e} -> {row['error_after']:.1e}",
+        ]
+        for row in changes
+    ]  # fmt: skip
+    console.print(table(f"{args.before} -> {args.after}", columns, lines))
+    if args.fail_above is None:
+        return 0
+    bad = report.worse(changes, args.fail_above)
+    if bad:
+        console.print(
+            f"{len(bad)} of {len(changes)} grew by more than {args.fail_above:g} % in ratio or memory."
+        )
+    return 1 if bad else 0
+
+
+def plot(args: argparse.Namespace, console: Console) -> int:
+    out = Path(args.out) if args.out else RESULTS / f"{Path(args.rows).stem}.png"
+    report.plot(_wanted(args), out)
+    console.print(f"Drawn in {out}.")
+    return 0
+
+
+def markdown(args: argparse.Namespace, console: Console) -> int:
+    text = report.markdown(_wanted(args))
+    if args.write:
+        report.write_between(Path(args.write), args.name or Path(args.rows).stem, text)
+    else:
+        print(text)
+    return 0
+
+
+def _wanted(args: argparse.Namespace) -> list[report.Row]:
+    return [
+        row
+        for row in report.read(args.rows)
+        if matches(str(row["mode"]), args.modes or ["*"])
+        and matches(str(row["provider"]), args.providers or ["*"])
+    ]
+
+
+def peak(args: argparse.Namespace, console: Console) -> int:
+    given = json.loads(args.given)
+    print(peak_here(Case(**given["case"]), find(given["provider"], "cpu")))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m bench", description="Benchmarks of the losses and their peers."
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run", help="measure the cases of a suite and append rows of JSON")
+    suites = "; ".join(f"{name}: {suite.about}" for name, suite in SUITES.items())
+    one.add_argument("--suite", default="smoke", choices=sorted(SUITES), help=suites)
+    _filters(one)
+    one.add_argument("--rounds", type=int, default=5)
+    one.add_argument("--shape", choices=sorted(SHAPES), help="the head of this model instead of the suite's")
+    for name in ("rows", "hidden", "vocab"):
+        one.add_argument(f"--{name}", type=int, help="instead of the suite's")
+    one.add_argument("--dtype", choices=sorted(DTYPES))
+    one.add_argument("--logits", choices=("randn", "peaked"))
+    one.add_argument("--live", type=float, help="share of tokens that are not ignored")
+    one.add_argument("--dead", type=float, help="share of zero coefficients")
+    one.add_argument("--dead-by", choices=DEAD_BY, help="which are zero: see bench/cases.py")
+    one.add_argument(
+        "--max-seconds", type=float, default=60, help="a peer's longest call that is worth timing"
+    )
+    one.add_argument("--workspace-mib", type=int, help="budget of this package's workspace")
+    one.add_argument("--no-memory", action="store_true", help="leave out the peaks of memory")
+    one.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
+    )
+    one.add_argument("--out", help="file of rows; default: bench/results/<suite>.jsonl")
+    one.set_defaults(do=run)
+    one = commands.add_parser("compare", help="what changed between two files of rows")
+    one.add_argument("before")
+    one.add_argument("after")
+    one.add_argument(
+        "--fail-above", type=float, metavar="PCT", help="exit 1 if a ratio or a peak grew by more"
+    )
+    one.set_defaults(do=compare)
+    one = commands.add_parser("plot", help="memory against time, a panel per mode")
+    one.add_argument("rows")
+    _filters(one)
+    one.add_argument("--out", help="default: bench/results/<name of the rows>.png")
+    one.set_defaults(do=plot)
+    one = commands.add_parser("table", help="Markdown tables of the latest rows")
+    one.add_argument("rows")
+    _filters(one)
+    one.add_argument(
+        "--write", metavar="FILE", help="put them between <!-- bench:NAME --> and <!-- /bench:NAME -->"
+    )
+    one.add_argument("--name", help="NAME; default: that of the rows")
+    one.set_defaults(do=markdown)
+    one = commands.add_parser("peak")  # what `run` starts for the memory of one call
+    one.add_argument("given")
+    one.set_defaults(do=peak)
+    return top
+
+
+def _filters(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--providers", nargs="+", metavar="GLOB")
+    command.add_argument("--modes", nargs="+", metavar="GLOB", help=f"of {', '.join(MODES)}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        return args.do(args, console)
+    except (GateError, ValueError) as error:
+        Console(stderr=True).print(
+            f"bench {args.command}: {error}", style="red", markup=False, highlight=False
+        )
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""What is benchmarked: cases, their tensors, and named lists of cases (suites).
+
+The tensors come from fixed seeds on the CPU, so that every provider, process and device sees the same ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import IGNORE, SEQUENCE, Log, true_log
+
+SHAPES = {  # hidden size, vocabulary of the head
+    "SmolLM2-135M": (576, 49152),
+    "Qwen2.5-0.5B": (896, 151936),
+    "Qwen2.5-7B": (3584, 152064),
+    "Llama-3-8B": (4096, 128256),
+    "Gemma-3-1B": (1152, 262144),
+}
+LOSSES = ("sft", "dpo", "ipo", "kto", "grpo")
+PER_TOKEN = ("score", "frozen", "trainable")
+MODES = (*PER_TOKEN, *LOSSES, *(f"{loss}-frozen" for loss in LOSSES))
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEAD_BY = ("sequences", "humanline")
+ANCHORED = ("dpo", "ipo", "kto", "grpo")  # losses of a log-ratio, which Humanline can clip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One computation.
+
+    shape: name of the head's shape. rows: tokens N, ignored ones included. hidden, vocab: H, V.
+    dtype: of hidden and weight. logits: "randn", N(0, 1), or "peaked", like a trained model's: `operands`.
+    mode: "score" (log-probs, no gradient), "frozen" and "trainable" (log-probs and, for coefficients
+        dloss/dlogp drawn at random, the gradient of hidden, of hidden and weight), or a whole loss with a
+        trainable head, or with a frozen one ("dpo-frozen").
+    live: share of each sequence's tokens that are not ignored; the prompt, at its start, is ignored.
+    dead: share of zero coefficients among the live tokens. dead_by: "sequences" (GRPO's advantage, or the
+        coefficients of "frozen" and "trainable", are exactly 0 in that share of the sequences) or "humanline"
+        (Humanline clips, and that share of the tokens' log-ratios lies outside its bounds).
+    """
+
+    shape: str
+    rows: int
+    hidden: int
+    vocab: int
+    dtype: str
+    logits: str
+    mode: str
+    live: float = 1.0
+    dead: float = 0.0
+    dead_by: str = "sequences"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("dtype", DTYPES), ("logits", ("randn", "peaked")), ("mode", MODES),
+                              ("dead_by", DEAD_BY)):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Case: {name} must be one of {list(allowed)}; got {getattr(self, name)!r}.")
+        if self.rows % (2 * SEQUENCE) or self.rows <= 0:
+            raise ValueError(
+                f"Case: rows must be a multiple of {2 * SEQUENCE}, pairs of sequences of {SEQUENCE} tokens; "
+                f"got {self.rows}."
+            )
+        if not 0 < self.live <= 1 or not 0 <= self.dead < 1:
+            raise ValueError(
+                f"Case: live must be in (0, 1] and dead in [0, 1); got {self.live} and {self.dead}."
+            )
+        if self.dead and not self.can_be_dead:
+            raise ValueError(f"Case: no coefficient of {self.mode} can be zero by {self.dead_by}.")
+
+    @property
+    def can_be_dead(self) -> bool:
+        if self.dead_by == "humanline":
+            return self.loss in ANCHORED
+        return self.loss == "grpo" or self.mode in ("frozen", "trainable")
+
+    @property
+    def loss(self) -> str | None:
+        """The whole loss, or None for a per-token mode."""
+        return None if self.mode in PER_TOKEN else self.mode.split("-")[0]
+
+    @property
+    def grad_hidden(self) -> bool:
+        return self.mode != "score"
+
+    @property
+    def grad_weight(self) -> bool:
+        return self.grad_hidden and not self.mode.endswith("frozen")
+
+    @property
+    def passes(self) -> int:
+        """GEMM passes that an exact method needs at least: logits, dhidden, dweight."""
+        return 1 + self.grad_hidden + self.grad_weight
+
+    @property
+    def humanline(self) -> bool:
+        return self.dead > 0 and self.dead_by == "humanline"
+
+    @property
+    def live_rows(self) -> int:
+        return self.rows // SEQUENCE * _live_of(self.live)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def label(self) -> str:
+        """One line that names the case."""
+        parts = [
+            f"{self.shape} {self.rows} x {self.hidden} x {self.vocab}",
+            self.dtype,
+            self.logits,
+            self.mode,
+        ]
+        parts += [f"live {self.live:g}"] * (self.live < 1)
+        parts += [f"dead {self.dead:g} by {self.dead_by}"] * (self.dead > 0)
+        return ", ".join(parts)
+
+    def fields(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def of_shape(shape: str, rows: int, dtype: str = "float32", logits: str = "randn", mode: str = "sft") -> Case:
+    """A case with the head of a real model."""
+    hidden, vocab = SHAPES[shape]
+    return Case(shape, rows, hidden, vocab, dtype, logits, mode)
+
+
+# ---- tensors --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a case. Sequence i is chosen and i + S/2 rejected; even sequences are desirable."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    target: Tensor  # [N] int64, -100 ignored
+    coefficients: Tensor  # [N] float32: dloss/dlogp of the per-token modes
+    ref_logp: Tensor  # [N] float32
+    old_logp: Tensor  # [N] float32
+    advantage: Tensor  # [S] float32
+    desirable: Tensor  # [S] bool
+    kl: Tensor  # []: KTO's reference point z0
+    cu_seqlens: Tensor  # [S+1] int64
+    true: Log  # float64 log-probs and logsumexps, which the anchors are made from and the gate reads
+
+
+def operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [N, H], weight [V, H] in float32 and target [N] on the CPU; logits are N(0, 1) for "randn".
+
+    peaked: hidden rows lie near the weight row of their target, as a trained model's do, so that most
+    exponents are far below zero; on such logits a naive exp is slow and randn does not show it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(case.vocab, case.hidden, generator=generator) / math.sqrt(case.hidden)
+    hidden = torch.randn(case.rows, case.hidden, generator=generator)
+    target = torch.randint(0, case.vocab, (case.rows,), generator=generator)
+    if (
+        case.logits == "peaked"
+    ):  # the target's logit leads by about 8 for half of the rows and by 40 for others
+        lead = torch.where(torch.arange(case.rows) % 2 == 0, 8.0, 40.0)
+        hidden = 3 * hidden + lead[:, None] * weight[target]
+    return hidden, weight, target
+
+
+def make_inputs(case: Case, device: str) -> Inputs:
+    """The case's tensors on a device."""
+    # what does not depend on the mode is kept between the modes of a shape
+    plain = replace(case, mode="score", dead=0.0, dead_by="sequences")
+    hidden, weight, target, true = _base(plain, device)
+    rows, sequences = case.rows, case.rows // SEQUENCE
+    generator = torch.Generator().manual_seed(1)
+    coefficients = torch.randn(rows, generator=generator)
+    # log-ratios within +-0.1: GRPO's own clip at 0.2 would zero the coefficients of some tokens unasked
+    ratio = 0.2 * torch.rand(rows, generator=generator) - 0.1
+    advantage = torch.linspace(0.2, 1, sequences) * torch.where(torch.arange(sequences) % 2 == 0, 1, -1)
+    if case.dead and case.dead_by == "sequences":
+        zero = _share(sequences, case.dead)
+        advantage[zero] = 0
+        coefficients[zero.repeat_interleave(SEQUENCE)] = 0
+    elif case.dead:  # 3 nats above and below in turn, so that a sequence's sum stays in the loss's range
+        clipped = _share(rows, case.dead)
+        ratio = torch.where(clipped, 3.0 * (1 - 2 * (clipped.cumsum(0) % 2)), ratio)
+    anchor = true.logp.float() - ratio.to(device)
+    return Inputs(
+        hidden, weight, target, coefficients.to(device), ref_logp=anchor, old_logp=anchor,
+        advantage=advantage.to(device), desirable=(torch.arange(sequences) % 2 == 0).to(device),
+        kl=torch.tensor(0.1, device=device),
+        cu_seqlens=torch.arange(0, rows + 1, SEQUENCE, device=device), true=true,
+    )  # fmt: skip
+
+
+def without_reference(inputs: Inputs) -> Inputs:
+    """The same with reference log-probs of 0, for peers that cannot take them.
+
+    z0 then is the mean log-prob of a sequence, or KTO's sigmoids would all saturate.
+    """
+    summed = inputs.true.logp.view(-1, SEQUENCE).sum(1)
+    return replace(inputs, ref_logp=torch.zeros_like(inputs.ref_logp), kl=summed.mean().float())
+
+
+def _share(count: int, share: float) -> Tensor:
+    """[count] bool, true for `share` of the places but not for all, at random, the same in every run."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(2))
+    return order < min(round(share * count), count - 1)
+
+
+def _live_of(live: float) -> int:
+    """Live tokens of each sequence."""
+    return max(1, round(SEQUENCE * live))
+
+
+@lru_cache(maxsize=1)
+def _base(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor, Log]:
+    hidden, weight, target = (x.to(device) for x in operands(case))
+    prompt = torch.arange(case.rows, device=device) % SEQUENCE < SEQUENCE - _live_of(case.live)
+    target = target.masked_fill(prompt, IGNORE)
+    hidden, weight = hidden.to(case.torch_dtype), weight.to(case.torch_dtype)
+    return hidden, weight, target, true_log(hidden, weight, target)
+
+
+# ---- suites ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases, the providers they are for (globs) and the workspaces of this package's (MiB; None: its own)."""
+
+    about: str
+    cases: tuple[Case, ...]
+    providers: tuple[str, ...] = ("*",)
+    workspaces: tuple[int | None, ...] = (None,)
+
+
+SMOL = of_shape("SmolLM2-135M", 2048)
+TINY = Case("tiny", 256, 64, 4096, "float32", "randn", "sft")
+OURS = ("fused_align*",)
+PEER_MODES = ("sft", "trainable", "score", "frozen", "dpo", "kto", "grpo")
+
+
+def _modes(case: Case, modes: tuple[str, ...], **values: tuple) -> Iterator[Case]:
+    """The case in several modes, for every combination of the values of other fields."""
+    for combination in product(*values.values()):
+        changes: dict[str, Any] = dict(zip(values, combination, strict=True))
+        yield from (replace(case, mode=mode, **changes) for mode in modes)
+
+
+def _sparse() -> Iterator[Case]:
+    yield from _modes(SMOL, ("score", "frozen", "trainable", "sft", "dpo", "grpo"), live=(1.0, 0.5, 0.25))
+    yield from _modes(SMOL, ("frozen", "trainable", "grpo", "grpo-frozen"), dead=(0.5, 0.9))
+    yield from _modes(SMOL, ("dpo", "dpo-frozen", "kto", "grpo"), dead=(0.5, 0.9), dead_by=("humanline",))
+
+
+def _gpu() -> Iterator[Case]:
+    for name, rows, hidden, vocab in (
+        ("Gemma-2-2B-like", 8192, 2048, 256000),
+        ("Llama-3-8B", 16384, 4096, 128256),
+        ("Qwen2.5-7B", 32768, 3584, 152064),
+    ):
+        case = Case(name, rows, hidden, vocab, "bfloat16", "randn", "sft")
+        yield from _modes(case, PEER_MODES, logits=("randn", "peaked"))
+
+
+SUITES = {
+    "smoke": Suite("every mode, tiny, in seconds", tuple(_modes(TINY, MODES)), (*OURS, "eager")),
+    "core": Suite(
+        "this package's plans at 2048 tokens of SmolLM2's head, float32",
+        tuple(_modes(SMOL, MODES, logits=("randn", "peaked"))),
+        OURS,
+    ),
+    "peers": Suite(
+        "every provider that runs here, float32 and bfloat16",
+        tuple(_modes(SMOL, PEER_MODES, dtype=("float32", "bfloat16"))),
+    ),
+    "sparse": Suite("ignored tokens and zero coefficients", tuple(_sparse()), (*OURS, "eager")),
+    "bf16": Suite(
+        "this package's plans in bfloat16",
+        tuple(_modes(SMOL, MODES, dtype=("bfloat16",), logits=("randn", "peaked"))),
+        (*OURS, "eager"),
+    ),
+    "memory": Suite(
+        "budgets of the workspace",
+        tuple(_modes(SMOL, ("score", "frozen", "trainable", "sft", "dpo", "grpo"))),
+        ("fused_align[auto,auto]",),
+        (16, 64, 1024),
+    ),
+    "gpu": Suite("three large heads in bfloat16, for one GPU", tuple(_gpu())),
+}

@@ -1,0 +1,290 @@
+"""The benchmark's own tests: its reference, its gate, its tables, and every provider at a tiny size."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import measure, providers, reference, report
+from .cases import MODES, SUITES, Case, Inputs, make_inputs, without_reference
+from .providers import Call, Ours, Provider
+
+TINY = Case("tiny", 256, 16, 512, "float32", "randn", "sft")
+QUICK = measure.Settings("cpu", memory=False)
+ALL = {provider.name: provider for provider in measure.providers("cpu")}
+COMPILED = [replace(TINY, mode=mode) for mode in ("trainable", "dpo", "grpo")]  # each takes seconds
+
+
+def variants() -> list[Case]:
+    """Every mode, plain; and each kind of mask and zero coefficient where there is one."""
+    found = [replace(TINY, mode=mode) for mode in MODES]
+    masked = ("score", "frozen", "trainable", "sft", "dpo", "ipo-frozen", "kto", "grpo")
+    found += [replace(TINY, mode=mode, live=0.25, logits="peaked") for mode in masked]
+    found += [replace(TINY, mode=mode, dead=0.5) for mode in ("frozen", "trainable", "grpo")]
+    modes = ("dpo", "ipo-frozen", "kto", "grpo")
+    return found + [replace(TINY, mode=mode, live=0.5, dead=0.9, dead_by="humanline") for mode in modes]
+
+
+def served() -> list[tuple[Case, str]]:
+    """The variants that each provider serves."""
+    return [
+        (case, name)
+        for name, provider in ALL.items()
+        for case in (COMPILED if provider.compiled else variants())
+        if provider.supports(case, "cpu") is None
+    ]
+
+
+def dense(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Plain float64 autograd through full logits: value and gradients."""
+    hidden, weight = inputs.hidden.double().requires_grad_(), inputs.weight.double().requires_grad_()
+    live = inputs.target != reference.IGNORE
+    nll = F.cross_entropy(hidden @ weight.t(), inputs.target, reduction="none", ignore_index=reference.IGNORE)
+    if case.loss is None:
+        value, c = -nll, inputs.coefficients.double() * live
+    else:
+        value, c = reference.loss_of(case.loss, -nll, inputs, case.humanline), None
+    return (value.detach(), *torch.autograd.grad(value, (hidden, weight), c))
+
+
+@pytest.mark.parametrize("case", variants(), ids=lambda case: case.label)
+def test_truth_is_float64_autograd(case: Case) -> None:
+    inputs = make_inputs(case, "cpu")
+    true, (value, dhidden, dweight) = reference.truth(case, inputs), dense(case, inputs)
+    torch.testing.assert_close(true.value, value, rtol=1e-10, atol=1e-10)
+    if case.grad_hidden:
+        torch.testing.assert_close(true.dhidden, dhidden[true.rows], rtol=1e-8, atol=1e-12)
+    if case.grad_weight:
+        torch.testing.assert_close(true.dweight, dweight[true.cols], rtol=1e-8, atol=1e-12)
+    zero = 1 - true.coefficients.count_nonzero().item() / case.live_rows
+    assert zero == pytest.approx(case.dead, abs=0.12 if case.humanline else 0.01)
+
+
+def test_a_sample_of_the_gradients_has_the_right_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "WHOLE", 0)
+    monkeypatch.setattr(reference, "SAMPLE_ROWS", 40)
+    monkeypatch.setattr(reference, "SAMPLE_COLS", 60)
+    monkeypatch.setattr(reference, "SLICE_BYTES", 8 * 256 * 300)  # several slices of the vocabulary
+    case = replace(TINY, mode="dpo", live=0.5)
+    inputs = make_inputs(case, "cpu")
+    true, (_, dhidden, dweight) = reference.truth(case, inputs), dense(case, inputs)
+    assert 40 <= true.rows.numel() <= 45 and 50 <= true.cols.numel() <= 60
+    torch.testing.assert_close(true.dhidden, dhidden[true.rows])
+    torch.testing.assert_close(true.dweight, dweight[true.cols])
+
+
+@pytest.mark.filterwarnings("ignore")  # warnings of other libraries are theirs
+@pytest.mark.parametrize(("case", "name"), served(), ids=lambda value: getattr(value, "label", value))
+def test_provider_is_exact(case: Case, name: str) -> None:
+    provider = ALL[name]
+    reason = provider.why_not("cpu")
+    if reason:
+        pytest.skip(reason)
+    inputs = make_inputs(case, "cpu")
+    if provider.without_reference(case):
+        inputs = without_reference(inputs)
+    result = provider.build(case, inputs)()
+    assert (result[1] is not None, result[2] is not None) == (case.grad_hidden, case.grad_weight)
+    found = measure.errors(case, inputs, reference.truth(case, inputs), result)
+    # sums of raw log-probs, without a reference near them, lose more digits in float32
+    limit = 1e-4 if provider.without_reference(case) else measure.EXACT
+    assert measure.beyond(found, dict.fromkeys(found, limit)) is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_own_plans_in_bfloat16_are_no_worse_than_eager(mode: str) -> None:
+    case = replace(TINY, mode=mode, dtype="bfloat16")
+    own = [provider for provider in ALL.values() if provider.ours]
+    rows = measure.run_case(case, own, QUICK, print)
+    assert rows and not any(row["note"] for row in rows)
+
+
+# ---- the gate -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wrong(Provider):
+    """Off by `by`, or raising if that is 0."""
+
+    by: float = 1e-3
+
+    def build(self, case: Case, inputs: Inputs) -> Call:
+        right = providers.EAGER.build(case, inputs)
+
+        def run() -> providers.Result:
+            if not self.by:
+                raise ArithmeticError("this peer does not work")
+            value, dhidden, dweight = right()
+            assert dhidden is not None
+            return value, dhidden * (1 + self.by), dweight
+
+        return run
+
+
+def run_one(provider: Provider, settings: measure.Settings = QUICK) -> measure.Row:
+    (row,) = measure.run_case(TINY, [provider], settings, print)
+    return row
+
+
+@pytest.mark.parametrize("by", [1e-3, float("nan")])
+def test_own_plan_beyond_the_gate_ends_the_run(by: float) -> None:
+    with pytest.raises(measure.GateError, match="dhidden"):
+        run_one(Wrong("wrong", ours=True, by=by))
+
+
+def test_a_peer_beyond_the_gate_is_timed_and_the_row_says_so() -> None:
+    row = run_one(Wrong("wrong"))
+    assert "beyond the gate: dhidden" in str(row["note"]) and row["seconds"]
+
+
+def test_a_peer_that_fails_is_a_row_with_the_reason() -> None:
+    row = run_one(Wrong("wrong", by=0))
+    assert row["failed"] == "ArithmeticError: this peer does not work" and "seconds" not in row
+    assert "this peer does not work" in report.markdown([row])
+
+
+def test_a_peer_that_takes_too_long_is_not_timed() -> None:
+    row = run_one(providers.EAGER, replace(QUICK, max_seconds=0.0))
+    assert "more than the 0 s" in str(row["failed"]) and "seconds" not in row
+
+
+def test_a_plan_that_the_budget_is_too_small_for_is_left_out_with_its_reason() -> None:
+    case = replace(TINY, mode="dpo", rows=1024, vocab=32768)
+    said: list[str] = []
+    window = ALL["fused_align[torch,window]"]
+    assert isinstance(window, Ours)
+    assert measure.run_case(case, [window.with_workspace(1)], QUICK, said.append) == []
+    assert len(said) == 1 and "cannot serve" in said[0]
+
+
+# ---- cases ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_suites_have_each_case_once(name: str) -> None:
+    cases = SUITES[name].cases
+    assert cases and len(set(cases)) == len(cases)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rows": 100}, "multiple of 256"),
+        ({"mode": "ppo"}, "mode must be one of"),
+        ({"dead": 0.5}, "no coefficient of sft can be zero"),
+        ({"live": 0.0}, "live must be in"),
+    ],
+)
+def test_a_case_that_cannot_be_says_so(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **wrong)
+
+
+def test_inputs_are_the_same_in_every_process() -> None:
+    inputs = make_inputs(TINY, "cpu")
+    assert inputs.hidden[0, 0].item() == pytest.approx(0.26515728)
+    assert inputs.target[:3].tolist() == [316, 372, 139]
+
+
+# ---- reports --------------------------------------------------------------------------------------------
+
+
+def row_of(provider: str = "eager", mode: str = "sft", **changes: object) -> report.Row:
+    row: report.Row = {
+        **replace(TINY, mode=mode).fields(), "provider": provider, "passes": 3, "package": "torch",
+        "version": "2.13.0", "torch": "2.13.0", "device": "a CPU", "threads": 2, "commit": "abc1234",
+        "rounds": 5, "seconds": 0.25, "seconds_p20": 0.2, "seconds_p80": 0.3, "ratio": 1.5, "ratio_live": 1.5,
+        "peak_bytes": 3 << 20, "peak_extra_bytes": 2 << 20, "error_value": 1e-8, "error_dhidden": 3e-7,
+        "note": "",
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def test_the_table_of_some_rows() -> None:
+    rows = [row_of("trl", seconds=0.5), row_of(seconds=9.0), row_of(), row_of(mode="dpo", note="a | b")]
+    text = report.markdown(rows)
+    assert text == report.markdown(rows)
+    assert text.splitlines() == [
+        "**tiny: 256 x 16 x 512, float32, randn**",
+        "",
+        "| mode | provider | G | seconds | p20-p80 | ratio | extra MiB | value | gradients | note |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| sft | trl | 3 | 0.5 | 0.2-0.3 | 1.50 | 2 | 1.0e-08 | 3.0e-07 |  |",
+        "| sft | eager | 3 | 0.25 | 0.2-0.3 | 1.50 | 2 | 1.0e-08 | 3.0e-07 |  |",
+        "| dpo | eager | 3 | 0.25 | 0.2-0.3 | 1.50 | 2 | 1.0e-08 | 3.0e-07 | a \\| b |",
+        "",
+        "a CPU, 2 threads, torch 2.13.0, commit abc1234, medians of 5 rounds.",
+    ]
+
+
+def test_a_table_goes_between_its_markers(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("a\n<!-- bench:core -->\nold\n<!-- /bench:core -->\nb\n")
+    for _ in range(2):
+        report.write_between(path, "core", "new")
+        assert path.read_text() == "a\n<!-- bench:core -->\nnew\n<!-- /bench:core -->\nb\n"
+    with pytest.raises(ValueError, match="must have the line"):
+        report.write_between(path, "peers", "new")
+
+
+def test_compare_takes_the_median_of_the_ratios() -> None:
+    before = [row_of(ratio=ratio) for ratio in (1.0, 2.0, 9.0)] + [row_of("gone")]
+    (change,) = report.compare(before, [row_of(ratio=2.2, peak_bytes=6 << 20, error_dhidden=1e-6)])
+    assert change["ratio_change"] == pytest.approx(10)
+    assert change["memory_change"] == pytest.approx(100)
+    assert (change["error_before"], change["error_after"]) == (3e-7, 1e-6)
+    assert report.worse([change], 99) == [change] and report.worse([change], 101) == []
+
+
+def test_the_command_line_from_run_to_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich", reason="the command line prints with rich; pip install '.[bench]'")
+    from .__main__ import main
+
+    rows = str(tmp_path / "rows.jsonl")
+    asked = ["--modes", "dpo*", "--providers", "fused_align[auto,auto]", "eager", "--device", "cpu"]
+    assert (
+        main(["run", "--suite", "smoke", *asked, "--no-memory", "--workspace-mib", "16", "--out", rows]) == 0
+    )
+    found = report.read(rows)
+    assert [(row["mode"], row["provider"]) for row in found] == [
+        ("dpo", "fused_align[auto,auto,16MiB]"), ("dpo", "eager"),
+        ("dpo-frozen", "fused_align[auto,auto,16MiB]"), ("dpo-frozen", "eager"),
+    ]  # fmt: skip
+    assert json.loads(Path(rows).read_text().splitlines()[0])["workspace_mib"] == 16
+    assert main(["compare", rows, rows, "--fail-above", "5"]) == 0
+    capsys.readouterr()
+    assert main(["table", rows, "--modes", "dpo"]) == 0
+    assert "| dpo | eager | 3 |" in capsys.readouterr().out
+    assert main(["run", "--rounds", "2"]) == 1
+    assert "--rounds must be at least 5" in capsys.readouterr().err
+
+
+def test_the_plot_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib; pip install '.[bench]'")
+    path = tmp_path / "rows.png"
+    report.plot([row_of(), row_of("trl"), row_of(mode="dpo", peak_extra_bytes=-5)], path)
+    assert path.stat().st_size > 10_000
+    with pytest.raises(ValueError, match="nothing to plot"):
+        report.plot([row_of(peak_extra_bytes=None)], path)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peaks on a CPU are read from Linux's /proc"
+)
+def test_the_peak_of_full_logits_is_seen() -> None:
+    pytest.importorskip("rich", reason="the command line prints with rich; pip install '.[bench]'")
+    case = replace(TINY, rows=1024, vocab=32768, mode="score")
+    peak = measure.peak_bytes(case, providers.EAGER, lambda: (torch.empty(0), None, None), "cpu")
+    logits = 4 * case.rows * case.vocab
+    assert peak is not None and 1.9 * logits < peak < 2.5 * logits  # logits and their log-softmax
+    own = Ours("fused_align[auto,auto,16MiB]", "fused-align", ours=True, workspace_mib=16)
+    peak = measure.peak_bytes(case, own, lambda: (torch.empty(0), None, None), "cpu")
+    assert peak is not None and peak < 40 << 20
