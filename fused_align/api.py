@@ -63,7 +63,8 @@ def align_loss(
             the count per unit.
         grad_scale: what the loss will be multiplied by before backward (a loss scaler's factor, 1 over the
             accumulation steps), where that is known: gradients formed in the forward are scaled once, then.
-            With main_grad such plans need it (1.0 if nothing multiplies the loss). A CPU checks the promise.
+            With main_grad such plans need it (1.0 if nothing multiplies the loss), and add to it in the
+            forward. A CPU checks the promise in backward.
         plan: "auto", or one of `fused_align.linear.plan` by name. "single" and "window" form the gradients in
             the forward: their backward may run once, and rounds a 16-bit gradient once more unless the
             upstream gradient is a power of two.
@@ -103,7 +104,7 @@ def align_loss(
             average="average" in loss.reads,
         )  # fmt: skip
         rows = Rows(live.rows, flat.shape[0], live.valid)
-        stats = {name: rows.take(stat) for name, stat in every.items()}
+        stats = {name: rows.take(every[name]) for name in ("logp", *loss.reads)}
         value = objective.total(stats, live, objective.weights)
     if live.surplus is not None:
         value = torch.where(live.surplus, torch.nan, value)

@@ -304,8 +304,10 @@ class Batch:
         return self.sum(x) / self.lengths.clamp(min=1).to(x.dtype)
 
     def spread(self, x: Tensor) -> Tensor:  # [S] -> [n]
-        """The value of its sequence, for every token."""
-        return x[self.sequence] if self.valid is None else x[self.sequence.clamp(max=self.sequences - 1)]
+        """The value of its sequence, for every token; 1 in padding, where a length would divide."""
+        if self.valid is None:
+            return x[self.sequence]
+        return torch.where(self.valid, x[self.sequence.clamp(max=self.sequences - 1)], 1)
 
     def token_mean(self, x: Tensor) -> Tensor:  # [n] -> []
         """The mean over live tokens, for metrics."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -107,6 +107,27 @@ class Gradients:
         if dhidden is not None and only in (None, len(tiles) - 1):
             dhidden.mul_(coef.rows[:, None])
             self.store_hidden(rows, dhidden, chunk, coef)
+
+    def add_all(
+        self,
+        parts: Sequence[tuple[Rows, slice]],
+        chunk_of: Callable[[Rows, slice], tuple[Chunk, Coefficients]],
+        ends: Targets | None,  # given if `sliced`
+        *,
+        apart: bool,
+    ) -> None:
+        """Adds the gradients of all chunks, computed again: chunk by chunk, or slice by slice if `sliced`."""
+        if ends is None or len(parts) == 1:
+            for part, at in parts:
+                self.add(part, at, *chunk_of(part, at), ends=ends)
+            return
+        if apart:
+            for part, at in parts:
+                self.add(part, at, *chunk_of(part, at), parts=(True, False))
+        for number, (start, stop) in enumerate(self.walk.tiles()):
+            for part, at in parts:
+                self.add(part, at, *chunk_of(part, at), only=number, parts=(not apart, True))
+            self.round_slice(start, stop, ends)
 
     def _part(self, start: int, stop: int) -> Tensor:
         """Where a slice of dweight is summed."""

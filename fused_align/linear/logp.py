@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import backends
 from ..backends.eager import dense_stats
 from ..batch import IGNORE_INDEX
+from ..rows import Rows
 from . import ops
 from .passes import work_dtype
 from .plan import check_plan
@@ -66,7 +67,7 @@ def linear_logp(
             GPU: rows are padded to that number, and none is dropped for a coefficient of 0. More live targets
             raise on a CPU; on a GPU those beyond are NaN.
         main_grad: [V, H] float32 (float64 for float64 inputs): the backward adds the weight's gradient to it,
-            and returns none for the weight.
+            and returns none for the weight. (A compiled function takes its backward before its next call.)
 
     Returns:
         logp [...] float32; float64 if hidden or weight is. Gradients come in their inputs' dtypes; that of
@@ -178,7 +179,7 @@ def waist(
         check_plan(plan)
         if main_grad is not None and grad and weight.requires_grad:
             weight = IntoMainGrad.apply(weight, main_grad)
-        found = _eager(hidden, weight, bias, target, temperature, logit_scale, softcap)
+        found = _eager(hidden, weight, bias, target, temperature, logit_scale, softcap, max_live)
         return dict(zip(("logp", "entropy", "lse", "average"), found, strict=True))
     is_tensor = isinstance(temperature, Tensor)
     logp, entropies, lse, mean, _, _ = torch.ops.fused_align.linear_logp_forward(
@@ -227,17 +228,19 @@ def _eager(
     temperature: float | Tensor,
     logit_scale: float,
     softcap: float | None,
+    max_live: int | None,
 ) -> list[Tensor]:
-    rows = (target != IGNORE_INDEX).nonzero().squeeze(1)
-    y = ops.check_range(target[rows], weight.shape[0])
+    rows = Rows.where(target != IGNORE_INDEX, max_live)
+    y = ops.check_range(rows.take(target), weight.shape[0])
+    temperature = ops.per_row(temperature, rows)
     if isinstance(temperature, Tensor):
-        temperature = ops.check_temperature(temperature[rows])
+        ops.check_temperature(temperature)
     dtype, operand = work_dtype(hidden, weight), autocast_dtype(hidden, weight)
     if operand is not None:
         hidden, weight = hidden.to(operand), weight.to(operand)
     with torch.autocast(hidden.device.type, enabled=False):
-        live = dense_stats(hidden[rows], weight, bias, y, temperature, logit_scale, softcap, dtype)
-    return [torch.zeros(target.shape, dtype=dtype, device=x.device).index_copy(0, rows, x) for x in live]
+        live = dense_stats(rows.take(hidden), weight, bias, y, temperature, logit_scale, softcap, dtype)
+    return [rows.spread(x) for x in live]
 
 
 # ---- validation ----------------------------------------------------------------------------------------
@@ -369,6 +372,8 @@ def check_tensors(who: str, **given: object) -> None:
 def autocast_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
     """The dtype that autocast rounds GEMM operands to, or None. float64 stays, as in torch's own linear."""
     kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind) or work_dtype(hidden, weight) == torch.float64:
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    if work_dtype(hidden, weight) == torch.float64:
         return None
     return torch.get_autocast_dtype(kind)

@@ -126,55 +126,68 @@ def _forward(
     )  # fmt: skip
     chosen = choose(problem, "jacobian" if jacobian else plan, workspace_bytes)
     means = head.average(chosen.cols) if average else None
-    width = rows.size + (rows.valid is not None)  # padding writes to a row of its own
-
-    def new(*shape: int) -> Tensor:
-        return hidden.new_zeros(shape, dtype=work)
-
-    logp, lse, state = new(width), new(width), new(3 if softcap is None else 4, width)
-    entropies, mean = new(width if entropy else 0), new(width if average else 0)
-    product = new(width, hidden.shape[1]) if jacobian else new(0)
+    found = _Found(hidden, work, rows, softcap is not None, entropy, average, jacobian)
 
     def body(walk: Walk) -> None:
         for part, at in rows.split(chosen.rows):
-            index = part.index
-            chunk = load(
-                head,
-                part.take(hidden),
-                safe[at],
-                temper[at] if isinstance(temper, Tensor) else temper,
-                entropy=entropy,
-                average=means,
-            )
-            made = None
-            if jacobian:
-                made = product[index] if isinstance(index, slice) else new(len(part), hidden.shape[1])
-            walk.forward(chunk, product=made)
-            value, lse_rows, _, inverse = chunk.finish()
-            if safe is not y:
-                value = torch.where(safe[at] == y[at], value, torch.nan)
-            logp[index], lse[index] = value.to(work), lse_rows.to(work)
-            state[0, index], state[1, index], state[2, index] = chunk.z, chunk.ref, chunk.total
-            if chunk.slope is not None:
-                state[3, index] = chunk.slope
-            if entropy:
-                entropies[index] = chunk.entropy().to(work)
-            if chunk.average is not None:
-                mean[index] = chunk.average.to(work)
-            if made is not None:
-                made.mul_((inverse * chunk.factor).to(work)[:, None])
-                if not isinstance(index, slice):
-                    product[index] = made
+            heat = temper[at] if isinstance(temper, Tensor) else temper
+            chunk = load(head, part.take(hidden), safe[at], heat, entropy=entropy, average=means)
+            product = found.product_of(part) if jacobian else None
+            walk.forward(chunk, product=product)
+            found.put(part, chunk, None if safe is y else safe[at] == y[at], product)
 
     if len(rows):
         run_walk(head, chosen, problem, body)
     if rows.valid is not None:  # rows beyond max_live, where that was no error
         surplus = (target != IGNORE_INDEX) & (rows.spread(rows.valid.to(work)) == 0)
-        logp[: rows.size].masked_fill_(surplus, torch.nan)
-    size = rows.size
-    return [
-        logp[:size], entropies[:size], lse[:size], mean[:size], state[:, :size].contiguous(), product[:size]
-    ]  # fmt: skip
+        found.logp[: rows.size].masked_fill_(surplus, torch.nan)
+    return found.outputs(rows.size)
+
+
+class _Found:
+    """What the forward returns, under construction; padding writes to a spare row at the end."""
+
+    def __init__(
+        self, hidden: Tensor, work: torch.dtype, rows: Rows, capped: bool, entropy: bool, average: bool,
+        jacobian: bool,
+    ) -> None:  # fmt: skip
+        def new(*shape: int) -> Tensor:
+            return hidden.new_zeros(shape, dtype=work)
+
+        width = rows.size + (rows.valid is not None)
+        self.logp, self.lse, self.state = new(width), new(width), new(4 if capped else 3, width)
+        self.entropy = new(width if entropy else 0)
+        self.average = new(width if average else 0)
+        self.product = new(width, hidden.shape[1]) if jacobian else new(0)
+
+    def product_of(self, part: Rows) -> Tensor:
+        """Where E @ W of a chunk is summed: in place where it can be."""
+        if isinstance(part.index, slice):
+            return self.product[part.index]
+        return self.product.new_empty(len(part), self.product.shape[1])
+
+    def put(self, part: Rows, chunk: Chunk, inside: Tensor | None, product: Tensor | None) -> None:
+        """The results of a chunk. inside: which targets lie in the vocabulary, where it is not checked."""
+        index, work = part.index, self.logp.dtype
+        logp, lse, _, inverse = chunk.finish()
+        self.logp[index] = (logp if inside is None else torch.where(inside, logp, torch.nan)).to(work)
+        self.lse[index] = lse.to(work)
+        self.state[0, index], self.state[1, index], self.state[2, index] = chunk.z, chunk.ref, chunk.total
+        if chunk.slope is not None:
+            self.state[3, index] = chunk.slope
+        if chunk.moment is not None:
+            self.entropy[index] = chunk.entropy().to(work)
+        if chunk.average is not None:
+            self.average[index] = chunk.average.to(work)
+        if product is not None:
+            product.mul_((inverse * chunk.factor).to(work)[:, None])
+            if not isinstance(index, slice):
+                self.product[index] = product
+
+    def outputs(self, size: int) -> list[Tensor]:
+        state = self.state[:, :size].contiguous()
+        vectors = self.logp, self.entropy, self.lse, self.average
+        return [*(vector[:size] for vector in vectors), state, self.product[:size]]
 
 
 @_forward.register_fake
@@ -258,19 +271,9 @@ def _backward(
             for part, at in parts:
                 others = -up.logp[at] if up.lse is None else up.lse[at] - up.logp[at]
                 into.add_jacobian(part, whole.part(at), part.take(product), others, coef.part(at))
-        elif len(parts) == 1 or not into.sliced:  # all tiles of a chunk
+        else:
             ends = Targets(walk, hidden, rows, y, coef.target, problem.static) if into.sliced else None
-            for part, at in parts:
-                into.add(part, at, *chunk_of(part, at), ends=ends)
-        else:  # all chunks of a tile
-            if chosen.apart:
-                for part, at in parts:
-                    into.add(part, at, *chunk_of(part, at), parts=(True, False))
-            targets = Targets(walk, hidden, rows, y, coef.target, problem.static)
-            for number, (start, stop) in enumerate(walk.tiles()):
-                for part, at in parts:
-                    into.add(part, at, *chunk_of(part, at), only=number, parts=(not chosen.apart, True))
-                into.round_slice(start, stop, targets)
+            into.add_all(parts, chunk_of, ends, apart=chosen.apart)
         for place, grad in enumerate(into.finish()):
             if grad is not None:
                 grads[place] = grad
@@ -299,7 +302,8 @@ def _setup(ctx, inputs, output) -> None:
     hidden, weight, bias, target, temperature, main_grad = inputs[:6]
     _, entropy, _, _, state, product = output
     ctx.set_materialize_grads(False)  # zeros of product's size, for an output that no one differentiates
-    ctx.save_for_backward(hidden, weight, bias, target, temperature, main_grad, entropy, state, product)
+    ctx.save_for_backward(hidden, weight, bias, target, temperature, entropy, state, product)
+    ctx.main_grad = main_grad  # not saved: other backwards may have added to it meanwhile
     ctx.options = inputs[6:13]
     ctx.average = inputs[15]
 
@@ -315,9 +319,9 @@ def _autograd(ctx, grads):
     if not ctx.average:
         daverage = None
     found = torch.ops.fused_align.linear_logp_backward(
-        dlogp, dentropy, dlse, daverage, *saved, entropy, state, product, *ctx.options, *needs
+        dlogp, dentropy, dlse, daverage, *saved, ctx.main_grad, entropy, state, product, *ctx.options, *needs
     )
-    into_main = saved[5] is not None
+    into_main = ctx.main_grad is not None
     dhidden, dweight, dbias = (
         grad if need and not (into_main and place == 1) else None
         for place, (grad, need) in enumerate(zip(found, needs, strict=True))
