@@ -203,13 +203,6 @@ class Bodies(TorchDispatchMode):
         return (func if body is None else body._init_fn)(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def meta(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch raises when asked whether autocast is on for meta, which has none."""
-    asked = torch.is_autocast_enabled
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *kind: kind != ("meta",) and asked(*kind))
-
-
 def to_meta(case: Case) -> Case:
     move = partial(tree_map_only, Tensor, lambda x: x.to("meta"))
     return Case(*map(move, (case.hidden, case.weight, case.target, case.head, case.columns)))
@@ -218,7 +211,6 @@ def to_meta(case: Case) -> Case:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("head", ["plain", "all"])
-@pytest.mark.usefixtures("meta")
 def test_statistics_read_nothing_back(dtype: torch.dtype, frozen: bool, head: str):
     case = to_meta(small(head).to(dtype))
     for outputs in OUTPUTS:
@@ -233,7 +225,6 @@ def test_statistics_read_nothing_back(dtype: torch.dtype, frozen: bool, head: st
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss", LOSSES, ids=loss_id)
-@pytest.mark.usefixtures("meta")
 def test_align_loss_reads_nothing_back(loss: fa.Loss, dtype: torch.dtype):
     options: dict[str, Any] = {"humanline": HUMANLINE if loss.anchor else None}
     for head, packed, frozen in (("plain", False, False), ("uncapped", True, True), ("all", True, False)):
