@@ -243,20 +243,20 @@ class Batch:
         """Some tokens of a live batch; whatever is per sequence stays whole, `lengths` included."""
         return self._take(index, self.rows[index], self.sequence[index], self.lengths)
 
-    def take_pairs(self, index: Tensor) -> tuple[Batch, Tensor]:  # [k] pair numbers
-        """Some pairs of a live batch, and their tokens' positions [m] in it."""
-        part, tokens = self.take_sequences(torch.cat([index, index + self.pairs]))
+    def take_pairs(self, index: Tensor, size: int | None = None) -> tuple[Batch, Tensor]:  # [k] pair numbers
+        """Some pairs of a live batch, and their tokens' positions [m] in it; size: m, where it is known."""
+        part, tokens = self.take_sequences(torch.cat([index, index + self.pairs]), size)
         part.margin = None if self.margin is None else self.margin[index]
         return part, tokens
 
-    def take_sequences(self, index: Tensor) -> tuple[Batch, Tensor]:  # [k] sequence numbers
+    def take_sequences(self, index: Tensor, size: int | None = None) -> tuple[Batch, Tensor]:  # [k] numbers
         """Some whole sequences of a live batch, in this order, and their tokens' positions [m] in it."""
         lengths = self.lengths[index]
         starts = self.lengths.cumsum(0)[index] - lengths
         shift = starts - (
             lengths.cumsum(0) - lengths
         )  # from a token's place in the part to its place in self
-        sequence = torch.repeat_interleave(lengths)
+        sequence = torch.repeat_interleave(lengths, output_size=size)
         tokens = shift[sequence] + torch.arange(sequence.numel(), device=sequence.device)
         part = self._take(tokens, self.rows[tokens], sequence, lengths)
         part.sequences = index.numel()

@@ -219,11 +219,13 @@ def oracle_loss(
     return value, gradients(value, leaves)
 
 
-def plans_for(loss: fa.Loss | None, frozen_head: bool = False, capped: bool = False) -> list[str]:
+def plans_for(
+    loss: fa.Loss | None, frozen_head: bool = False, capped: bool = False, dtype: torch.dtype = torch.float64
+) -> list[str]:
     """Every plan that can serve a gradient: of a loss, or of log-probs (None)."""
     plans = ["auto", "recompute"]
     reads = () if loss is None else loss.reads
-    if capped and {"entropy", "average"} & {*reads}:
+    if capped and {"entropy", "average"} & {*reads} or dtype == torch.bfloat16 and "entropy" in reads:
         return plans
     if frozen_head and "entropy" not in reads:
         plans.append("jacobian")

@@ -229,7 +229,7 @@ def test_align_loss_reads_nothing_back(loss: fa.Loss, dtype: torch.dtype):
     options: dict[str, Any] = {"humanline": HUMANLINE if loss.anchor else None}
     for head, packed, frozen in (("plain", False, False), ("uncapped", True, True), ("all", True, False)):
         case = to_meta(small(head).to(dtype))
-        for plan in plans_for(loss, frozen_head=frozen, capped=head == "all")[1:]:
+        for plan in plans_for(loss, frozen, head == "all", dtype)[1:]:
             run = partial(run_align, case, loss, packed=packed, frozen=frozen, **options)
             if plan != "window":
                 with Bodies():

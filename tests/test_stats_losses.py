@@ -40,7 +40,7 @@ def capped(case: Case) -> bool:
 def calls(loss: fa.Loss, case: Case) -> Iterator[dict[str, Any]]:
     """Every plan that serves, with a trainable and a frozen head, with and without room."""
     for frozen in ((), ("weight", "bias")):
-        for plan in plans_for(loss, frozen_head=bool(frozen), capped=capped(case)):
+        for plan in plans_for(loss, bool(frozen), capped(case), case.hidden.dtype):
             for budget in (None, SMALL[case.hidden.dtype]):
                 yield {"plan": plan, "frozen": frozen, "workspace_bytes": budget}
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..backends.torch_ import LN2
+
 if TYPE_CHECKING:
     from .passes import Chunk
 
@@ -30,7 +32,7 @@ class Coefficients:
 
     rows: Tensor  # on E f
     target: Tensor  # on the target's column
-    mix: tuple[Tensor, Tensor] | None = None  # (a, b) where E is first multiplied by a + b (z_v - z_y)
+    mix: tuple[Tensor, Tensor] | None = None  # (a, b) where E is first multiplied by a + b x, x its exponent
     average: Tensor | None = None  # on the mean over the vocabulary of weight, without a cap
     uniform: Tensor | None = None  # added to (mixed) E, under a cap: the same thing where f differs by column
 
@@ -109,5 +111,6 @@ def coefficients(
         target = target - p * shift
         constant = constant - shift * inverse
         mixed = -up.entropy * inverse
-    mix = constant.to(work), mixed.to(work)
+    # z_v - z_y = ln 2 (x_v + offset): what is the same for a row is summed in float64
+    mix = (constant + mixed * chunk.offset() * LN2).to(work), (mixed * LN2).to(work)
     return Coefficients(chunk.factor, (target * slope).to(work), mix, average, uniform)

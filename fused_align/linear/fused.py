@@ -24,6 +24,7 @@ from .ops import check_range, check_temperature, per_row, run_walk
 from .passes import Chunk, Head, Walk, load
 from .plan import Plan, Problem
 
+PROMISE = 1e-5  # how far from grad_scale the upstream gradient may be: factors are multiplied in float32
 STATS = ("logp", "lse", "entropy", "average")  # of Stats and Upstream, in this order
 
 
@@ -54,7 +55,6 @@ class FusedLoss(torch.autograd.Function):
             call.head, call.plan, call.problem, run.all
         )  # items without tokens count too, if all have none
         ctx.grads, ctx.grad_scale = run.grads, call.grad_scale
-        ctx.into_main = call.main_grad is not None
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(run.stats)
         return run.loss.to(call.problem.work), run.stats
@@ -71,7 +71,10 @@ class FusedLoss(torch.autograd.Function):
         known = 1.0 if ctx.grad_scale is None else ctx.grad_scale
         # on a CPU reading the scalar costs nothing and saves a pass; elsewhere it would stall the device
         on_cpu = dloss.device.type == "cpu"
-        if ctx.grad_scale is not None and on_cpu and dloss.item() != torch.tensor(known, dtype=dloss.dtype):
+        broken = on_cpu and abs(dloss.item() - known) > PROMISE * abs(
+            known
+        )  # NaN and inf are not of our making
+        if ctx.grad_scale is not None and broken and dloss.isfinite():
             raise RuntimeError(
                 f"align_loss: the loss was multiplied by {dloss.item():.8g} before backward, and grad_scale="
                 f"{known:.8g} was promised; the gradients are formed with that already. Pass the factor "
@@ -105,20 +108,22 @@ class _Run:
         self.stats = torch.zeros(4, batch.rows.numel(), dtype=work, device=hidden.device)
         self.loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         self.grads: tuple[Tensor | None, ...] = ()
+        # all of it before anything is added to main_grad
+        self.target = check_range(batch.target, call.problem.vocab)
         if isinstance(call.temperature, Tensor):
             rows = Rows(batch.rows, call.problem.given, batch.valid)
             check_temperature(per_row(call.temperature, rows))  # type: ignore[arg-type]
 
     def all(self, walk: Walk) -> None:
         call, problem = self.call, self.call.problem
-        self.average = call.head.average(walk.cols) if self.reads[3] else None
+        self.average = call.head.average(walk.cols, problem.work) if self.reads[3] else None
         into = Gradients(
             walk, self.hidden, self.needs, main_grad=call.main_grad,
             average=None if self.average is None or problem.capped else self.average[0],
             by_slice=problem.rows <= call.plan.rows, late=call.grad_scale is None,
             padded=problem.static,
         )  # fmt: skip
-        for part, places, weights in chunks(call.objective, call.plan, problem.coupling):
+        for part, places, weights in chunks(call.objective, call.plan.rows, problem):
             everything = len(part.rows) and problem.rows == problem.given and isinstance(places, slice)
             rows = Rows(places if everything and not problem.static else part.rows, problem.given, part.valid)
             pieces = list(rows.split(call.plan.rows))
@@ -128,17 +133,16 @@ class _Run:
                 self._together(walk, into, part, places, weights, rows)
         self.grads = into.finish()
 
-    def _load(self, part: Batch, rows: Rows, at: slice) -> Chunk:
+    def _load(self, places: slice | Tensor, rows: Rows, at: slice) -> Chunk:
         call = self.call
-        y = check_range(part.target[at], call.head.weight.shape[0])
-        x = rows.take(self.hidden)
+        x, y = rows.take(self.hidden), self.target[places][at]
         return load(
             call.head, x, y, per_row(call.temperature, rows), entropy=self.reads[2], average=self.average
         )
 
     def _stats(self, chunk: Chunk, target: Tensor) -> Tensor:  # -> [4, r]
         logp, lse, _, _ = chunk.finish()
-        if chunk.target is not target:
+        if self.target is not self.call.objective.batch.target:  # not checked, but made safe
             logp = torch.where(chunk.target == target, logp, torch.nan)
         zero = torch.zeros_like(logp)
         entropy = chunk.entropy() if self.reads[2] else zero
@@ -162,7 +166,7 @@ class _Run:
         self, walk: Walk, into: Gradients, part: Batch, places: slice | Tensor, weights: Tensor, rows: Rows
     ) -> None:
         """Whole items that fit: their exponentials are kept, and those of live rows multiplied."""
-        chunk = self._load(part, rows, slice(None))
+        chunk = self._load(places, rows, slice(None))
         kept = walk.complete(len(rows))
         walk.walk(chunk, kept, None, watch=walk.watches)
         found = self._evaluate(walk, chunk, part, weights)
@@ -214,7 +218,7 @@ class _Run:
         """One item too large to keep: walked piece by piece, and again once its coefficients are known."""
         walked, found = [], []
         for piece, at in pieces:
-            chunk = self._load(part, piece, at)
+            chunk = self._load(places, piece, at)
             walk.forward(chunk)
             found.append(self._stats(chunk, part.target[at]))
             walked.append(replace(chunk, x=None))
@@ -235,28 +239,27 @@ class _Run:
 
 
 def chunks(
-    objective: Objective, plan: Plan, coupling: str | None
+    objective: Objective, most: int, problem: Problem
 ) -> Iterator[tuple[Batch, slice | Tensor, Tensor]]:
-    """Parts of the batch of at most plan.rows live tokens: (part, its places, its items' weights).
+    """Parts of the batch of at most `most` live tokens: (part, its places, its items' weights).
 
     An item with more tokens is a part of its own.
     """
     batch, weights = objective.batch, objective.weights
-    if coupling == "token":
-        for start in range(0, batch.rows.numel(), plan.rows):
-            index = torch.arange(start, min(start + plan.rows, batch.rows.numel()), device=batch.rows.device)
+    if problem.coupling == "token":
+        for start in range(0, batch.rows.numel(), most):
+            index = torch.arange(start, min(start + most, batch.rows.numel()), device=batch.rows.device)
             place = slice(start, start + index.numel())
             yield batch.take_tokens(index), place, weights[place]
         return
-    sizes = item_sizes(batch, coupling)
-    start = 0
+    sizes, start = problem.sizes, 0
+    take = batch.take_pairs if problem.coupling == "pair" else batch.take_sequences
     while start < len(sizes):
         stop, rows = start, 0
-        while stop < len(sizes) and (stop == start or rows + sizes[stop] <= plan.rows):
+        while stop < len(sizes) and (stop == start or rows + sizes[stop] <= most):
             rows += sizes[stop]
             stop += 1
-        items = torch.arange(start, stop, device=batch.rows.device)
-        part, places = batch.take_pairs(items) if coupling == "pair" else batch.take_sequences(items)
+        part, places = take(torch.arange(start, stop, device=batch.rows.device), rows)
         yield part, places, weights[start:stop]
         start = stop
 

@@ -125,7 +125,7 @@ def _forward(
         main_grad=main_grad is not None,
     )  # fmt: skip
     chosen = choose(problem, "jacobian" if jacobian else plan, workspace_bytes)
-    means = head.average(chosen.cols) if average else None
+    means = head.average(chosen.cols, work) if average else None
     found = _Found(hidden, work, rows, softcap is not None, entropy, average, jacobian)
 
     def body(walk: Walk) -> None:
@@ -252,9 +252,12 @@ def _backward(
     up = Upstream(*(None if c is None else rows.take(c) for c in (dlogp, dlse, dentropy, daverage)))  # type: ignore[arg-type]
     temper = scalar_temperature if temperature is None else per_row(temperature, rows)
     whole = reload(head, y, temper, rows.take(state.t()).t())
+    if rows.valid is not None:  # padding, of which nothing was saved: E is 0 whatever the bias
+        whole.ref = torch.where(rows.valid, whole.ref, 2.0**20)
+        whole.total = torch.where(rows.valid, whole.total, 1.0)
     whole.tame(up.size())
     coef = coefficients(whole, up, None if dentropy is None else rows.take(entropy), vocab=weight.shape[0])
-    means = None if daverage is None or softcap is not None else head.average(chosen.cols)[0]
+    means = None if daverage is None or softcap is not None else head.average(chosen.cols, problem.work)[0]
     parts = list(rows.split(chosen.rows))
     grads = [hidden.new_empty(0) for _ in range(3)]
 

@@ -62,12 +62,12 @@ class Head:
             return x
         return x.to(work_dtype(x, self.weight))
 
-    def average(self, size: int) -> tuple[Tensor, Tensor | float]:
+    def average(self, size: int, work: torch.dtype) -> tuple[Tensor, Tensor | float]:
         """Mean over the vocabulary of weight, [H], and of bias, float64; reads `size` rows at a time."""
         total = torch.zeros(self.weight.shape[1], dtype=torch.float64, device=self.weight.device)
         for start in range(0, self.weight.shape[0], size):
             weight, _ = self.tile(start, start + size)
-            total += weight.to(work_dtype(weight, self.weight)).sum(0).double()
+            total += weight.to(work).sum(0).double()
         bias = 0.0 if self.bias is None else self.bias.double().mean()
         return total / self.weight.shape[0], bias
 
@@ -84,7 +84,8 @@ class Chunk:
     ref: Tensor  # [r], base 2, whole numbers
     total: Tensor  # [r], S
     slope: Tensor | None = None  # [r], 1 - tanh^2 of the target, under a cap
-    moment: Tensor | None = None  # [r] float64, sum_v E_v (z_v - z_y)
+    moment: Tensor | None = None  # [r] float64, sum_v E_v (x_v + pivot) of the exponents x
+    pivot: Tensor | None = None  # [r] makes that the distance to the target, or to the maximum after a jump
     average: Tensor | None = None  # [r] float64, mean_v z_v
     refs: list[Tensor] = field(default_factory=list)  # the reference of each tile that was kept
 
@@ -94,6 +95,7 @@ class Chunk:
         def some(vector: Tensor | None) -> Tensor | None:
             return None if vector is None else vector[index]
 
+        ref = self.ref[index]
         return replace(
             self,
             x=some(self.x) if x is None else x,
@@ -101,12 +103,13 @@ class Chunk:
             gain=self.gain[index] if isinstance(self.gain, Tensor) else self.gain,
             factor=self.factor[index],
             z=self.z[index],
-            ref=self.ref[index],
+            ref=ref,
             total=self.total[index],
             slope=some(self.slope),
             moment=None,
+            pivot=None,
             average=None,
-            refs=[self.ref[index] if ref is self.ref else ref[index] for ref in self.refs],
+            refs=[ref if kept is self.ref else kept[index] for kept in self.refs],
         )
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,9 +121,10 @@ class Chunk:
         return self.ref.double() - self.z.double() * LOG2E
 
     def entropy(self) -> Tensor:  # [r] float64
-        assert self.moment is not None
+        assert self.moment is not None and self.pivot is not None
         logp, _, _, inverse = self.finish()
-        return -logp - inverse * self.moment
+        to_target = self.moment + (self.offset() - self.pivot) * self.total.double()
+        return -logp - inverse * LN2 * to_target
 
     def restart(self, head: Head) -> None:
         """As it was before the first walk."""
@@ -128,6 +132,7 @@ class Chunk:
         for sums in (self.total, self.moment, None if head.softcap is None else self.average):
             if sums is not None:
                 sums.zero_()
+        self.pivot = None if self.moment is None else self.offset()
 
     def tame(self, c: Tensor) -> None:  # [r]
         """Where c / Z is beyond STEEP the reference moves near the row's lse, so that Z becomes about 1.
@@ -169,7 +174,7 @@ def load(
     z = (z * inverse).to(work)
     chunk = Chunk(x, target, gain, factor, z, reference(z), torch.zeros_like(z), slope)
     if entropy:
-        chunk.moment = torch.zeros_like(z, dtype=torch.float64)
+        chunk.moment, chunk.pivot = torch.zeros_like(z, dtype=torch.float64), chunk.offset()
     if average is not None and head.softcap is None:
         weight, bias = average
         chunk.average = (x.to(work) @ weight.to(work)).double().add_(bias).mul_(factor)
@@ -297,11 +302,11 @@ class Walk:
             distance = None
             if chunk.moment is not None:
                 distance = self._scratch(2 if square is not None else 1, *tile.shape)
-                torch.add(tile, chunk.offset().to(tile.dtype)[:, None], out=distance)
+                torch.add(tile, chunk.pivot.to(tile.dtype)[:, None], out=distance)  # type: ignore[union-attr]
             steps.exp_tile(tile, chunk.target - start)
             chunk.total.add_(tile.sum(1))
             if distance is not None and chunk.moment is not None:
-                chunk.moment.add_(distance.mul_(tile).sum(1), alpha=LN2)
+                chunk.moment.add_(distance.mul_(tile).sum(1))
             if square is not None and (keep is not None or product is not None):
                 tile.addcmul_(tile, square, value=-1)
             if keep is not None:
@@ -334,9 +339,12 @@ class Walk:
             tile.sub_(jump[:, None])
         chunk.ref = chunk.ref + jump
         down = torch.exp2(-jump)
-        for sums in (chunk.total, chunk.moment):
-            if sums is not None:
-                sums.mul_(down)
+        if chunk.moment is not None and chunk.pivot is not None:
+            pivot = torch.where(beyond, 0.0, chunk.pivot)
+            chunk.moment += (pivot - chunk.pivot - jump) * chunk.total.double()
+            chunk.moment.mul_(down)
+            chunk.pivot = pivot
+        chunk.total.mul_(down)
         if product is not None:
             product.mul_(down[:, None])
         return not self.static
@@ -356,7 +364,7 @@ class Walk:
         if kept is None:
             tile = self._scratch(0, *shape)
             square = self._exponents(chunk, start, stop, tile)
-            mix = self._mix(chunk, coef, tile, 1 + (square is not None))
+            mix = None if coef.mix is None else self._mix(coef, tile, 1 + (square is not None))
             steps.exp_tile(tile, chunk.target - start)
             if mix is not None:
                 tile.mul_(mix)
@@ -376,20 +384,18 @@ class Walk:
         if moved:
             tile.mul_(torch.exp2(chunk.refs[number] - chunk.ref)[:, None])
         if coef.mix is not None:
-            wide = tile if tile.dtype == self.work else self._scratch(2, *shape).copy_(tile)
-            exponent = torch.log2(wide.clamp(min=torch.finfo(self.work).tiny), out=self._scratch(1, *shape))
-            self._mix(chunk, coef, exponent, 1)
-            tile.copy_(exponent.mul_(wide))
+            exponent = torch.clamp(
+                tile, min=torch.finfo(self.work).tiny, out=self._scratch(1, *shape)
+            ).log2_()
+            tile.mul_(self._mix(coef, exponent, 1))
         return tile
 
-    def _mix(self, chunk: Chunk, coef: Coefficients, exponent: Tensor, number: int) -> Tensor | None:
-        """a + b (z_v - z_y), from exponents, in scratch tile `number` (which may be the exponents' own)."""
-        if coef.mix is None:
-            return None
+    def _mix(self, coef: Coefficients, exponent: Tensor, number: int) -> Tensor:
+        """a + b x of exponents x, in scratch tile `number` (which may be the exponents' own)."""
+        assert coef.mix is not None
         constant, slope = coef.mix
         mix = self._scratch(number, *exponent.shape)
-        torch.add(exponent, chunk.offset().to(exponent.dtype)[:, None], out=mix)
-        return mix.mul_(slope[:, None] * LN2).add_(constant[:, None])
+        return torch.addcmul(constant[:, None], exponent, slope[:, None], out=mix)
 
 
 def work_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

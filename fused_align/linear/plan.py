@@ -103,13 +103,10 @@ class Problem:
     def scratch(self, plan: str, rows: int, cols: int) -> tuple[int, int, int]:
         """Bytes of scratch: tiles, parts of 16-bit products, complete rows."""
         size, area, complete = self.work.itemsize, rows * cols, plan in COMPLETE
-        entropy = self.entropy or (self.entropy_grad and plan != "jacobian")
-        entropy = entropy or (self.average_grad and self.capped)
-        tiles = size * area * (1 + self.capped + entropy)
-        if self.low and not entropy:
+        mixed = self.entropy or self.entropy_grad or (self.average_grad and self.capped)
+        tiles = size * area * (1 + self.capped + mixed)
+        if self.low and not mixed:
             tiles += 2 * area  # a tile rounded for the gradient GEMMs
-        if self.low and entropy and complete:
-            tiles += size * area  # E widened, while the entropy's part is formed
         spare = (
             SPARE * max(area, rows * self.hidden, cols * self.hidden) + 256 if self.low and self.on_cpu else 0
         )
@@ -131,17 +128,25 @@ class Problem:
         if plan in (*COMPLETE, "recompute"):
             # dhidden of the chunk; rows scaled by coefficients, and rounded
             needed += size * rows * H * (self.gathered + 1) + 2 * rows * H * low
-            if self.rounds and (plan == "recompute" or not chunks):
+            if self.rounds and not self.holds_sum(plan, rows):
                 needed += size * cols * H  # the sum of a slice of dweight
         if plan == "jacobian":
             needed += size * rows * H * 2 * self.gathered  # product and dhidden of the chunk
-        if plan in COMPLETE:
-            needed += size * self.vocab * H * (self.rounds and chunks)  # the sum of dweight
-            # which the upstream gradient may lift out of float16's range: it stays float32 until backward
-            needed += size * self.given * H * (self.hidden_dtype == torch.float16)
+        if self.holds_sum(plan, rows):
+            needed += size * self.vocab * H
+        if plan in COMPLETE and self.hidden_dtype == torch.float16 and not self.scale_known:
+            needed += size * self.given * H  # float32 until backward, as in `holds_sum`
         if plan == "recompute" and chunks and not apart:
             needed += self.waiting
         return needed
+
+    def holds_sum(self, plan: str, rows: int) -> bool:
+        """Whether a sum [V, H] of dweight is held, in the dtype of the logits.
+
+        Over the chunks; or until backward, whose upstream gradient may lift it into float16's range.
+        """
+        late = self.weight_dtype == torch.float16 and not self.scale_known
+        return plan in COMPLETE and self.rounds and (rows < self.rows or late)
 
     @property
     def waiting(self) -> int:
@@ -301,6 +306,8 @@ def _unfit(plan: str, problem: Problem) -> str | None:
             f"{plan} adds to main_grad in the forward, so it must know what the loss will be multiplied by: "
             "pass grad_scale (1.0 if by nothing)"
         )
+    elif problem.low and problem.entropy_grad:
+        return f"{plan} keeps bfloat16 exponentials, too few digits for the entropy's gradient; use recompute"
     elif plan == "window" and problem.static:
         return "window needs the lengths of the sequences on the host, and max_live forbids to read them"
     if problem.capped and (problem.average_grad or problem.entropy_grad):
