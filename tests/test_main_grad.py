@@ -11,6 +11,7 @@ from tolerances import check_grad, check_like_torch, check_loss, relative_errors
 from torch import Tensor
 
 import fused_align as fa
+from fused_align.linear import plan as planner
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 Grads = dict[str, Any]  # a tensor each, or None
@@ -245,3 +246,23 @@ def test_a_buffer_that_does_not_fit(loss: fa.Loss | None):
         run(case, loss, main_grad=[1.0])
     with pytest.raises(ValueError, match=rf"(?s){who}: main_grad.*weight needs none.*requires_grad_"):
         run(case, loss, main_grad=torch.zeros(V, H), frozen=("weight",))
+
+
+def test_nothing_is_added_by_a_call_that_raises(monkeypatch: pytest.MonkeyPatch):
+    """A bad target in the last of several chunks is seen before the first one is added."""
+    monkeypatch.setattr(planner, "MAX_ROWS", {"cpu": 4})
+    hidden, weight = randn(8, 3, seed=1).requires_grad_(), randn(11, 3, seed=2).requires_grad_()
+    target, into = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 11]]), torch.zeros(11, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="target must lie in"):
+        fa.align_loss(
+            hidden[None], weight, fa.Batch(target), fa.SFT(), plan="single", main_grad=into, grad_scale=1.0
+        )
+    assert not into.any()
+
+
+def test_a_promise_may_be_off_by_rounding():
+    hidden, weight = (randn(*shape, seed=1).float().requires_grad_() for shape in ((8, 3), (11, 3)))
+    batch = fa.Batch(torch.arange(8)[None])
+    for first, second in ((11, 7), (3, 13), (7, 49)):
+        out = fa.align_loss(hidden[None], weight, batch, fa.SFT(), grad_scale=1 / (first * second))
+        (out.loss / first / second).backward()

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from cases import HUMANLINE, LOSSES, Case, gradients, leaves_of, loss_id, make_case, make_head, plans_for
+from cases import (
+    HUMANLINE,
+    LOSSES,
+    Case,
+    gradients,
+    leaves_of,
+    loss_id,
+    make_case,
+    make_head,
+    plans_for,
+    randn,
+)
 from tolerances import check_grad, check_logp, check_loss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -237,3 +248,21 @@ def test_align_loss_reads_nothing_back(loss: fa.Loss, dtype: torch.dtype):
                 assert grads["hidden"].is_meta
             with pytest.raises(RuntimeError, match="nonzero"), Bodies():
                 run(plan=plan)
+
+
+@pytest.mark.parametrize("bias", [100.0, -100.0, 1e4])
+@pytest.mark.parametrize("plan", ["single", "recompute"])
+def test_padding_under_a_large_bias(plan: str, bias: float):
+    """The exponentials of rows that are none stay finite, or they would poison dweight."""
+    hidden, weight = randn(6, 4, seed=1), randn(20, 4, seed=2)
+    target = torch.tensor([[1, -100, 3, 19, -100, 0]])
+    grads = []
+    for most in (None, 6):
+        leaves = {"hidden": hidden.clone().requires_grad_(), "weight": weight.clone().requires_grad_()}
+        out = fa.align_loss(
+            leaves["hidden"][None], leaves["weight"], fa.Batch(target), fa.SFT(), plan=plan, max_live=most,
+            bias=torch.full((20,), bias, dtype=torch.float64),
+        )  # fmt: skip
+        grads.append(gradients(out.loss, leaves))
+    for name, want in grads[0].items():
+        check_grad(grads[1][name], want, torch.float64, name)

@@ -256,6 +256,32 @@ def test_rounded_operands(budget: int, mode: str, frozen: bool, tmp_path: Path):
     check(problem, run, budget, tmp_path / "trace.json")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("budget", [8 * MIB, 32 * MIB])
+@pytest.mark.parametrize("loss", [fa.GRPO(entropy_coef=0.1), fa.SFT(label_smoothing=0.1)], ids=loss_id)
+def test_losses_of_more_than_log_probs(loss: fa.Loss, budget: int, dtype: torch.dtype, tmp_path: Path):
+    problem = make_problem(dtype, frozen=False, masked=False)
+
+    def run() -> None:
+        out = fa.align_loss(problem.hidden, problem.weight, problem.batch, loss, workspace_bytes=budget)
+        problem.backward(out.loss)
+
+    check(problem, run, budget, tmp_path / "trace.json")
+
+
+def test_the_float32_gradient_of_a_float16_head_counts(tmp_path: Path):
+    """It waits in float32 for the upstream gradient even where one chunk is all there is."""
+    hidden = randn(64, 512, seed=1, dtype=torch.float16).requires_grad_()
+    weight = randn(4096, 512, seed=2, dtype=torch.float16).requires_grad_()
+    batch, budget = fa.Batch(torch.randint(4096, (1, 64), generator=generator(3))), 8 * MIB
+
+    def run() -> None:
+        fa.align_loss(hidden[None], weight, batch, fa.SFT(), workspace_bytes=budget).loss.backward()
+
+    found = allocations(run, tmp_path / "trace.json")
+    assert found.peak <= budget + hidden.nbytes + weight.nbytes + PER_TOKEN * 64
+
+
 @pytest.mark.parametrize("budget", [8 * MIB, 32 * MIB])
 @pytest.mark.parametrize("loss", [fa.SFT(), fa.DPO()], ids=loss_id)
 def test_float16(loss: fa.Loss, budget: int, tmp_path: Path):

@@ -25,7 +25,7 @@ from .passes import Chunk, Head, Walk, load
 from .plan import Plan, Problem
 
 PROMISE = 1e-5  # how far from grad_scale the upstream gradient may be: factors are multiplied in float32
-STATS = ("logp", "lse", "entropy", "average")  # of Stats and Upstream, in this order
+STATS = ("logp", "lse", "entropy", "average")  # the rows of a chunk's statistics, and fields of Upstream
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ class FusedLoss(torch.autograd.Function):
         # the tensors as autograd hands them over: detached
         call = replace(call, head=replace(call.head, weight=weight, bias=bias))
         run = _Run(call, hidden, ctx.needs_input_grad[:3])
-        run_walk(
-            call.head, call.plan, call.problem, run.all
-        )  # items without tokens count too, if all have none
+        run_walk(call.head, call.plan, call.problem, run.all)
         ctx.grads, ctx.grad_scale = run.grads, call.grad_scale
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(run.stats)
@@ -71,10 +69,8 @@ class FusedLoss(torch.autograd.Function):
         known = 1.0 if ctx.grad_scale is None else ctx.grad_scale
         # on a CPU reading the scalar costs nothing and saves a pass; elsewhere it would stall the device
         on_cpu = dloss.device.type == "cpu"
-        broken = on_cpu and abs(dloss.item() - known) > PROMISE * abs(
-            known
-        )  # NaN and inf are not of our making
-        if ctx.grad_scale is not None and broken and dloss.isfinite():
+        off = abs(dloss.item() - known) if on_cpu and ctx.grad_scale is not None else 0.0
+        if PROMISE * abs(known) < off < float("inf"):  # inf and NaN are an overflow of the scale
             raise RuntimeError(
                 f"align_loss: the loss was multiplied by {dloss.item():.8g} before backward, and grad_scale="
                 f"{known:.8g} was promised; the gradients are formed with that already. Pass the factor "

@@ -294,9 +294,8 @@ class Walk:
             )  # fmt: skip
             square = self._exponents(chunk, start, stop, tile)
             if chunk.average is not None and square is not None:
-                chunk.average += (tile.sum(1).double() + (stop - start) * chunk.ref.double()) * (
-                    LN2 / self.head.weight.shape[0]
-                )
+                logits = tile.sum(1).double() + (stop - start) * chunk.ref.double()
+                chunk.average.add_(logits, alpha=LN2 / self.head.weight.shape[0])
             if watch and self._jump(chunk, tile, product if start > 0 else None):
                 square = self._exponents(chunk, start, stop, tile)  # with all digits
             distance = None
@@ -384,9 +383,8 @@ class Walk:
         if moved:
             tile.mul_(torch.exp2(chunk.refs[number] - chunk.ref)[:, None])
         if coef.mix is not None:
-            exponent = torch.clamp(
-                tile, min=torch.finfo(self.work).tiny, out=self._scratch(1, *shape)
-            ).log2_()
+            tiny = torch.finfo(self.work).tiny
+            exponent = torch.clamp(tile, min=tiny, out=self._scratch(1, *shape)).log2_()
             tile.mul_(self._mix(coef, exponent, 1))
         return tile
 
