@@ -95,7 +95,7 @@ def _lines(problem: Problem, backend: str, plan: str, workspace_bytes: int | Non
         + (f"per {problem.coupling}" if problem.coupling else "at the end"),
         f"budget: {available / MIB:.1f} MiB; one GEMM pass: {_time(seconds)}",
         "",
-        f"{'backend':10s}",
+        "backend",
     ]
     for name, reason in backends.table(problem.device):
         lines.append(f"{name:10s} {'runs' if name == picked else reason or 'usable'}")
