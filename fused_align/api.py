@@ -53,9 +53,7 @@ def align_loss(
     --dot with weights fixed before the forward, over normalizer--> scalar.
 
     Args:
-        hidden, weight, bias, temperature, logit_scale, softcap, backend, precision, workspace_bytes,
-            max_live, main_grad: as for `linear_logp`; differentiable in hidden, weight and bias. hidden[i]
-            predicts batch.target[i].
+        hidden ... main_grad, where not below: as for `linear_logp`; hidden[i] predicts batch.target[i].
         loss: one of `Loss.registry`, or a dataclass of your own that derives `Loss`.
         humanline: clips the log-ratio of a loss that has an anchor (arXiv 2509.24207).
         normalizer: what the sum of items is divided by instead of this batch's own count of `loss.unit`; pass
@@ -70,8 +68,7 @@ def align_loss(
             upstream gradient is a power of two.
 
     Returns:
-        AlignOutput(loss, metrics). loss is float32 (float64 for float64 inputs). Under no_grad it
-        only scores.
+        AlignOutput(loss, metrics). loss is float32 (float64 for float64 inputs). No_grad only scores.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or options that do not fit; a batch field that the loss needs is
@@ -100,7 +97,7 @@ def align_loss(
     else:
         every = waist(
             flat, weight, batch.target.reshape(-1), bias, temper, logit_scale, softcap, backend, chosen.name,
-            precision, workspace_bytes, max_live, main_grad, entropy="entropy" in loss.reads,
+            precision, workspace_bytes, max_live, main_grad, entropy=problem.entropy,
             average="average" in loss.reads,
         )  # fmt: skip
         rows = Rows(live.rows, flat.shape[0], live.valid)

@@ -210,7 +210,7 @@ class Walk:
     """Walks over the vocabulary for one head, with the sizes of a plan and scratch for its tiles."""
 
     def __init__(self, head: Head, plan: Plan, problem: Problem, scratch: Tensor) -> None:  # scratch: bytes
-        self.head, self.rows, self.cols = head, plan.rows, plan.cols
+        self.head, self.cols = head, plan.cols
         self.work, self.gemm_dtype = problem.work, gemm_dtype(problem)
         self.scratch, self.area = scratch, plan.rows * plan.cols * problem.work.itemsize
         tiles, spare, complete = problem.scratch(plan.name, plan.rows, plan.cols)
