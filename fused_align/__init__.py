@@ -1,32 +1,27 @@
 """fused_align: alignment losses from hidden states and the lm_head weight, without full logits."""
 
+from . import losses
 from .api import AlignOutput, align_loss
 from .batch import Batch
-from .humanline import Humanline, SyncSchedule
+from .humanline import Humanline, HumanlineSampling, SyncSchedule
 from .linear import TokenStats, linear_logp, logp_from_logits, release_workspace, token_stats
-from .losses import DPO, GRPO, IPO, KTO, PPO, SFT, Loss, kto_kl
+from .losses import *  # noqa: F403  the losses and their helpers, as losses.__all__ names them
 from .planning import explain
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "DPO",
-    "GRPO",
-    "IPO",
-    "KTO",
-    "PPO",
-    "SFT",
     "AlignOutput",
     "Batch",
     "Humanline",
-    "Loss",
+    "HumanlineSampling",
     "SyncSchedule",
     "TokenStats",
     "align_loss",
     "explain",
-    "kto_kl",
     "linear_logp",
     "logp_from_logits",
     "release_workspace",
     "token_stats",
 ]
+__all__ += losses.__all__

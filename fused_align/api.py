@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,13 +9,13 @@ from torch import Tensor
 
 from . import backends
 from .batch import Batch
-from .humanline import Humanline
-from .linear.fused import STATS, Call, FusedLoss, item_sizes
+from .humanline import Humanline, HumanlineSampling, RatioClip
+from .linear.fused import Call, FusedLoss, item_sizes
 from .linear.logp import autocast_dtype, check_call, waist
-from .linear.ops import make_problem
+from .linear.ops import STATS, make_problem
 from .linear.passes import Head
 from .linear.plan import COMPLETE, Problem, choose
-from .losses.base import Loss, Objective
+from .losses.base import Loss, Normalizer, Objective, coarsest
 from .rows import Rows
 
 
@@ -33,12 +32,12 @@ def align_loss(
     batch: Batch,
     loss: Loss,
     *,
-    humanline: Humanline | None = None,
+    humanline: RatioClip | None = None,
     bias: Tensor | None = None,  # [V]
     temperature: float | Tensor = 1.0,  # target's shape
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    normalizer: float | Tensor | Mapping[str, float | Tensor] | None = None,
+    normalizer: Normalizer = None,
     grad_scale: float | None = None,
     backend: str = "auto",
     plan: str = "auto",
@@ -58,7 +57,8 @@ def align_loss(
         humanline: clips the log-ratio of a loss that has an anchor (arXiv 2509.24207).
         normalizer: what the sum of items is divided by instead of this batch's own count of `loss.unit`; pass
             the count over the whole optimizer step and micro-batches add up to the full batch. A dict gives
-            the count per unit.
+            the count per unit (`loss.counts` of all live batches, summed); losses with several units need
+            one.
         grad_scale: what the loss will be multiplied by before backward (a loss scaler's factor, 1 over the
             accumulation steps), where that is known: gradients formed in the forward are scaled once, then.
             With main_grad such plans need it (1.0 if nothing multiplies the loss), and add to it in the
@@ -97,8 +97,8 @@ def align_loss(
     else:
         every = waist(
             flat, weight, batch.target.reshape(-1), bias, temper, logit_scale, softcap, backend, chosen.name,
-            precision, workspace_bytes, max_live, main_grad, entropy=problem.entropy,
-            average="average" in loss.reads,
+            precision, workspace_bytes, max_live, main_grad,
+            stats=[name for name in loss.reads if name != "lse"], learnt=loss.learnt,
         )  # fmt: skip
         rows = Rows(live.rows, flat.shape[0], live.valid)
         stats = {name: rows.take(every[name]) for name in ("logp", *loss.reads)}
@@ -106,7 +106,10 @@ def align_loss(
     if live.surplus is not None:
         value = torch.where(live.surplus, torch.nan, value)
     read = {name: stat for name, stat in stats.items() if name == "logp" or name in loss.reads}
-    return AlignOutput(value, objective.metrics(read))
+    metrics = objective.metrics(read)
+    if torch.is_grad_enabled():
+        objective.observe(read)
+    return AlignOutput(value, metrics)
 
 
 def loss_problem(
@@ -114,7 +117,7 @@ def loss_problem(
     hidden: Tensor,  # [N, H]
     live: Batch,
     loss: Loss,
-    humanline: Humanline | None,
+    humanline: RatioClip | None,
     *,
     main_grad: bool,
     scale_known: bool,
@@ -124,18 +127,18 @@ def loss_problem(
     grad_hidden = grad and hidden.requires_grad
     grad_head = grad and any(t is not None and t.requires_grad for t in (head.weight, head.bias))
     static = live.valid is not None
-    whole = loss.item != "token" and not static and (grad_hidden or grad_head)
+    coupling = coarsest([loss.item, "token" if humanline is None else humanline.item])
+    whole = coupling in ("sequence", "pair") and not static and (grad_hidden or grad_head)
     return make_problem(
         head,
         hidden,
         live.rows.numel(),
+        stats=loss.reads,
+        learnt=loss.learnt,
         grad_hidden=grad_hidden,
         grad_head=grad_head,
-        coupling=loss.item,
-        sizes=tuple(item_sizes(live, loss.item)) if whole else (),
-        entropy="entropy" in loss.reads,
-        entropy_grad="entropy" in loss.reads and (grad_hidden or grad_head),
-        average_grad="average" in loss.reads and (grad_hidden or grad_head),
+        coupling=coupling,
+        sizes=tuple(item_sizes(live, coupling)) if whole else (),
         main_grad=main_grad,
         scale_known=scale_known,
         static=static,
@@ -155,5 +158,8 @@ def _check_kinds(batch: object, loss: object, humanline: object) -> None:
             f"the class {loss.__name__}" if isinstance(loss, type) else f"{loss!r}, a {type(loss).__name__}"
         )
         raise TypeError(f"align_loss: loss must be a fused_align.Loss object, such as DPO(); got {kind}.")
-    if humanline is not None and not isinstance(humanline, Humanline):
-        raise TypeError(f"align_loss: humanline must be a fused_align.Humanline or None; got {humanline!r}.")
+    if humanline is not None and not isinstance(humanline, (Humanline, HumanlineSampling)):
+        raise TypeError(
+            "align_loss: humanline must be a fused_align.Humanline, a HumanlineSampling or None; got "
+            f"{humanline!r}."
+        )

@@ -75,6 +75,7 @@ class Batch:
         self.reference = reference
         self.group = group
         self.is_live = False
+        self.partial = False  # tokens of sequences that are not all there
         self.valid: Tensor | None = None  # [n] bool, of a live batch padded to a fixed length
         self.surplus: Tensor | None = None  # [] bool: whether there were more live tokens than that
         self.stats: dict[str, Tensor] = {}
@@ -195,6 +196,16 @@ class Batch:
         zeros = torch.zeros(self.sequences + 1, dtype=torch.int64, device=self.target.device)
         return zeros.index_add_(0, self.sequence, torch.ones_like(self.sequence))[:-1]
 
+    @cached_property
+    def position(self) -> Tensor:
+        """[n] int64: how many live tokens of its sequence stand before each; of whole sequences only."""
+        if self.partial:
+            raise ValueError(
+                'Batch.position: these tokens are parts of sequences. Give the loss item="sequence".'
+            )
+        starts = self.lengths.cumsum(0) - self.lengths
+        return torch.arange(self.target.numel(), device=self.target.device) - self.spread(starts)
+
     @property
     def pairs(self) -> int:
         """P. Raises ValueError if the sequences do not come in pairs."""
@@ -206,9 +217,9 @@ class Batch:
         return self.sequences // 2
 
     def count(self, unit: str) -> int | Tensor:
-        """How many "tokens" (live), "sequences" (with or without live tokens) or "pairs" there are.
+        """How many "tokens" (live), "sequences" (with or without live tokens), "pairs" or "groups" there are.
 
-        A tensor [] for the tokens of a batch of fixed length, whose number the host does not know.
+        A tensor [] where the host does not know: the groups, and the tokens of a batch of fixed length.
         """
         if unit == "tokens":
             return self.rows.numel() if self.valid is None else self.valid.sum()
@@ -216,7 +227,12 @@ class Batch:
             return self.sequences
         if unit == "pairs":
             return self.pairs
-        raise ValueError(f'Batch.count: unit must be "tokens", "sequences" or "pairs"; got {unit!r}.')
+        if unit == "groups":
+            ordered = self.need("group", "A loss per group").sort().values
+            return (ordered.diff() != 0).sum() + min(self.sequences, 1)
+        raise ValueError(
+            f'Batch.count: unit must be "tokens", "sequences", "pairs" or "groups"; got {unit!r}.'
+        )
 
     # ---- the live view, and parts of it ------------------------------------------------------------------
 
@@ -241,7 +257,9 @@ class Batch:
 
     def take_tokens(self, index: Tensor) -> Batch:  # [k] positions among the live tokens
         """Some tokens of a live batch; whatever is per sequence stays whole, `lengths` included."""
-        return self._take(index, self.rows[index], self.sequence[index], self.lengths)
+        part = self._take(index, self.rows[index], self.sequence[index], self.lengths)
+        part.partial = True
+        return part
 
     def take_pairs(self, index: Tensor, size: int | None = None) -> tuple[Batch, Tensor]:  # [k] pair numbers
         """Some pairs of a live batch, and their tokens' positions [m] in it; size: m, where it is known."""
@@ -269,6 +287,7 @@ class Batch:
     def _take(self, flat: Tensor, rows: Tensor, sequence: Tensor, lengths: Tensor) -> Batch:
         """A live batch of the tokens that stand at `flat` in this batch's flattened per-token fields."""
         part = copy.copy(self)
+        part.__dict__.pop("position", None)
         part.valid = self.valid if self.valid is None or not self.is_live else self.valid[flat]
         chosen = Rows(flat, self.target.numel(), part.valid)
         part.target = chosen.take(self.target.reshape(-1))
@@ -289,25 +308,33 @@ class Batch:
 
     # ---- what losses use; on a live batch -----------------------------------------------------------------
 
-    def sum(self, x: Tensor) -> Tensor:  # [n] -> [S]
+    def sum(self, x: Tensor, *, weighted: bool = True) -> Tensor:  # [n] -> [S]
         """Sum of x over the tokens of each sequence, weighted by `token_weight` if given.
 
         Adds in float64: float32 would lose digits of a log-prob summed over thousands of tokens.
         """
-        if self.token_weight is not None:
+        if weighted and self.token_weight is not None:
             x = x * self.token_weight.to(x.dtype)
         zeros = torch.zeros(self.sequences + 1, dtype=torch.float64, device=x.device)
         return zeros.index_add(0, self.sequence, x.double())[:-1].to(x.dtype)
 
-    def mean(self, x: Tensor) -> Tensor:  # [n] -> [S]
+    def mean(self, x: Tensor, *, weighted: bool = True) -> Tensor:  # [n] -> [S]
         """`sum(x)` divided by the number of live tokens; 0 for a sequence without any."""
-        return self.sum(x) / self.lengths.clamp(min=1).to(x.dtype)
+        return self.sum(x, weighted=weighted) / self.lengths.clamp(min=1).to(x.dtype)
 
     def spread(self, x: Tensor) -> Tensor:  # [S] -> [n]
         """The value of its sequence, for every token; 1 in padding, where a length would divide."""
         if self.valid is None:
             return x[self.sequence]
         return torch.where(self.valid, x[self.sequence.clamp(max=self.sequences - 1)], 1)
+
+    def group_sum(self, x: Tensor) -> Tensor:  # [S] -> [S]
+        """The sum over all sequences of its group, for every sequence."""
+        group = self.need("group", "A loss per group")
+        ordered, order = group.sort()
+        changes = torch.cat([ordered[:1] != ordered[:1], ordered.diff() != 0])
+        index = torch.empty_like(group).scatter_(0, order, changes.cumsum(0))
+        return torch.zeros_like(x).index_add_(0, index, x)[index]
 
     def token_mean(self, x: Tensor) -> Tensor:  # [n] -> []
         """The mean over live tokens, for metrics."""

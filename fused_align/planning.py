@@ -10,7 +10,7 @@ from torch import Tensor
 from . import backends
 from .api import loss_problem
 from .batch import IGNORE_INDEX, Batch
-from .humanline import Humanline
+from .humanline import RatioClip
 from .linear.logp import autocast_dtype, check_call
 from .linear.ops import make_problem
 from .linear.passes import Head
@@ -26,7 +26,7 @@ def explain(
     target: Tensor | Batch,  # [...] int64, or the batch of a loss
     loss: Loss | None = None,
     *,
-    humanline: Humanline | None = None,
+    humanline: RatioClip | None = None,
     bias: Tensor | None = None,  # [V]
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
@@ -75,8 +75,8 @@ def explain(
         grad_hidden = grad and hidden.requires_grad
         grad_head = grad and any(t is not None and t.requires_grad for t in (weight, bias))
         problem = make_problem(
-            head, flat, live, grad_hidden=grad_hidden, grad_head=grad_head, entropy=entropy,
-            entropy_grad=entropy and (grad_hidden or grad_head), main_grad=main_grad is not None,
+            head, flat, live, stats=("entropy",) * entropy, learnt=("entropy",) * entropy,
+            grad_hidden=grad_hidden, grad_head=grad_head, main_grad=main_grad is not None,
             static=max_live is not None,
         )  # fmt: skip
     return "\n".join(_lines(problem, backend, plan, workspace_bytes))
@@ -92,7 +92,7 @@ def _lines(problem: Problem, backend: str, plan: str, workspace_bytes: int | Non
         f"{problem.rows} live of {problem.given} tokens, H={problem.hidden}, V={problem.vocab}, hidden "
         f"{_name(problem.hidden_dtype)}, weight {_name(problem.weight_dtype)}, on {problem.device}",
         f"gradients: {' and '.join(wanted) or 'none'}; coefficients known "
-        + (f"per {problem.coupling}" if problem.coupling else "at the end"),
+        + ("at the end" if problem.coupling in (None, "batch") else f"per {problem.coupling}"),
         f"budget: {available / MIB:.1f} MiB; one GEMM pass: {_time(seconds)}",
         "",
         "backend",

@@ -23,8 +23,11 @@ def dense_stats(
     logit_scale: float,
     softcap: float | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy, lse and mean logit [n] in `dtype`, of full logits; differentiable through autograd."""
+) -> dict[str, Tensor]:
+    """logp, entropy, lse, average (the mean logit) and squares (log sum_v p_v^2), [n] each in `dtype`.
+
+    Of full logits; differentiable through autograd.
+    """
     logits = hidden.to(dtype) @ weight.to(dtype).t()
     if bias is not None:
         logits = logits + bias.to(dtype)
@@ -35,4 +38,10 @@ def dense_stats(
     lse = logits.logsumexp(1)
     logps = logits - lse[:, None]
     entropy = -(logps.exp() * logps).sum(1)
-    return logps.gather(1, target[:, None]).squeeze(1), entropy, lse, logits.mean(1)
+    return {
+        "logp": logps.gather(1, target[:, None]).squeeze(1),
+        "entropy": entropy,
+        "lse": lse,
+        "average": logits.mean(1),
+        "squares": (2 * logps).logsumexp(1),
+    }

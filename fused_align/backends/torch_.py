@@ -18,6 +18,7 @@ from torch import Tensor
 LOG2E = 1 / math.log(2)
 LN2 = math.log(2)
 GATHER_BYTES = 1 << 20  # the target rows of the weight are gathered in blocks of this size
+SQUARED_COLS = 128  # columns of a tile that are squared in float64 at a time
 HALF = (torch.bfloat16, torch.float16)
 SPARE = 6  # bytes per element of a CPU's 16-bit GEMM: its product, and that widened
 
@@ -149,6 +150,13 @@ def exp_tile(tile: Tensor, target: Tensor) -> None:
     column = target.clamp(0, tile.shape[1] - 1)[:, None]
     inside = ((target >= 0) & (target < tile.shape[1]))[:, None]
     tile.scatter_(1, column, torch.where(inside, 0.0, tile.gather(1, column)))
+
+
+def add_squares(total: Tensor, tile: Tensor) -> None:
+    """total [n] float64 += sum_v E_v^2, in float64: float32 has no range for the squares."""
+    for block in tile.split(SQUARED_COLS, dim=1):
+        wide = block.double()
+        total += torch.linalg.vecdot(wide, wide)
 
 
 def finish_rows(z: Tensor, ref: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import Batch, Humanline, Loss, align_loss, linear_logp
+from .. import Batch, Loss, align_loss, linear_logp
+from ..humanline import RatioClip
+from ..losses.base import Normalizer
 
 # What the configs of transformers 5 call the scale and the cap that turn lm_head's output into logits.
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse, Falcon-H1
@@ -75,8 +77,8 @@ class AlignRequest:
         batch: Batch | None = None,
         loss: Loss | None = None,
         *,
-        humanline: Humanline | None = None,
-        normalizer: float | Tensor | Mapping[str, float | Tensor] | None = None,
+        humanline: RatioClip | None = None,
+        normalizer: Normalizer = None,
         target: Tensor | None = None,  # [B, T]
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:

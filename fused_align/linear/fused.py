@@ -16,16 +16,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..batch import Batch
-from ..losses.base import Objective
+from ..losses.base import Objective, Weights
 from ..rows import Rows
 from .coefficients import Coefficients, Upstream, coefficients, live_places
 from .gradients import Gradients, Targets
-from .ops import check_range, check_temperature, per_row, run_walk
+from .ops import STATS, check_range, check_temperature, per_row, run_walk
 from .passes import Chunk, Head, Walk, load
 from .plan import Plan, Problem
 
 PROMISE = 1e-5  # how far from grad_scale the upstream gradient may be: factors are multiplied in float32
-STATS = ("logp", "lse", "entropy", "average")  # the rows of a chunk's statistics, and fields of Upstream
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Call:
 
 
 class FusedLoss(torch.autograd.Function):
-    """(hidden [M, H], weight, bias) -> loss [], and stats [4, n] of the live rows (not differentiable)."""
+    """(hidden [M, H], weight, bias) -> loss [], and STATS [5, n] of the live rows (not differentiable)."""
 
     @staticmethod
     def forward(
@@ -86,7 +85,7 @@ class FusedLoss(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Evaluated:
-    stats: Tensor  # [4, r]
+    stats: Tensor  # [5, r], as STATS
     loss: Tensor  # []
     up: Upstream
     order: Tensor  # [r] rows with a coefficient first, in order
@@ -100,8 +99,8 @@ class _Run:
     def __init__(self, call: Call, hidden: Tensor, needs: tuple[bool, bool, bool]) -> None:
         self.call, self.hidden, self.needs = call, hidden, needs
         batch, work = call.objective.batch, call.problem.work
-        self.reads = (True, *(name in call.objective.loss.reads for name in STATS[1:]))
-        self.stats = torch.zeros(4, batch.rows.numel(), dtype=work, device=hidden.device)
+        self.reads = ("logp", *call.objective.loss.reads)
+        self.stats = torch.zeros(len(STATS), batch.rows.numel(), dtype=work, device=hidden.device)
         self.loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         self.grads: tuple[Tensor | None, ...] = ()
         # all of it before anything is added to main_grad
@@ -112,7 +111,7 @@ class _Run:
 
     def all(self, walk: Walk) -> None:
         call, problem = self.call, self.call.problem
-        self.average = call.head.average(walk.cols, problem.work) if self.reads[3] else None
+        self.average = call.head.average(walk.cols, problem.work) if "average" in self.reads else None
         into = Gradients(
             walk, self.hidden, self.needs, main_grad=call.main_grad,
             average=None if self.average is None or problem.capped else self.average[0],
@@ -132,25 +131,22 @@ class _Run:
     def _load(self, places: slice | Tensor, rows: Rows, at: slice) -> Chunk:
         call = self.call
         x, y = rows.take(self.hidden), self.target[places][at]
-        return load(
-            call.head, x, y, per_row(call.temperature, rows), entropy=self.reads[2], average=self.average
-        )
+        return load(call.head, x, y, per_row(call.temperature, rows), stats=self.reads, average=self.average)
 
-    def _stats(self, chunk: Chunk, target: Tensor) -> Tensor:  # -> [4, r]
-        logp, lse, _, _ = chunk.finish()
+    def _stats(self, chunk: Chunk, target: Tensor) -> Tensor:  # -> [5, r]
+        found = chunk.stats()
         if self.target is not self.call.objective.batch.target:  # not checked, but made safe
-            logp = torch.where(chunk.target == target, logp, torch.nan)
-        zero = torch.zeros_like(logp)
-        entropy = chunk.entropy() if self.reads[2] else zero
-        average = zero if chunk.average is None else chunk.average
-        return torch.stack([logp, lse, entropy, average]).to(self.call.problem.work)
+            found["logp"] = torch.where(chunk.target == target, found["logp"], torch.nan)
+        zero = torch.zeros_like(found["logp"])
+        return torch.stack([found.get(name, zero) for name in STATS]).to(self.call.problem.work)
 
-    def _upstream(self, stats: Tensor, part: Batch, weights: Tensor) -> tuple[Tensor, Upstream]:
+    def _upstream(self, stats: Tensor, part: Batch, weights: Weights) -> tuple[Tensor, Upstream]:
         """The part of the loss of whole items, and its gradients by their statistics."""
         with torch.enable_grad():
-            named = zip(STATS, stats, self.reads, strict=True)
-            leaves = {name: stat.detach().requires_grad_() for name, stat, read in named if read}
-            total = self.call.objective.total(leaves, part, weights)
+            read = {name: stat for name, stat in zip(STATS, stats, strict=True) if name in self.reads}
+            learnt = "logp", *self.call.objective.loss.learnt
+            leaves = {name: read[name].detach().requires_grad_() for name in learnt}
+            total = self.call.objective.total(read | leaves, part, weights)
         up: dict[str, Tensor] = {}
         if total.requires_grad:  # a loss may be constant in these tokens
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
@@ -159,7 +155,7 @@ class _Run:
         return total.detach().double(), Upstream(up.pop("logp", torch.zeros_like(stats[0])), **up)
 
     def _together(
-        self, walk: Walk, into: Gradients, part: Batch, places: slice | Tensor, weights: Tensor, rows: Rows
+        self, walk: Walk, into: Gradients, part: Batch, places: slice | Tensor, weights: Weights, rows: Rows
     ) -> None:
         """Whole items that fit: their exponentials are kept, and those of live rows multiplied."""
         chunk = self._load(places, rows, slice(None))
@@ -189,7 +185,7 @@ class _Run:
             ends = Targets(walk, self.hidden, rows, chunk.target, coef.target, self.call.problem.static)
         into.add(rows, slice(0), chunk, coef, kept=kept, live=live, ends=ends)
 
-    def _evaluate(self, walk: Walk, chunk: Chunk, part: Batch, weights: Tensor) -> _Evaluated:
+    def _evaluate(self, walk: Walk, chunk: Chunk, part: Batch, weights: Weights) -> _Evaluated:
         """A chunk's loss and coefficients after its walk, and what the host may want to know of them."""
         stats = self._stats(chunk, part.target)
         loss, up = self._upstream(stats, part, weights)
@@ -199,7 +195,7 @@ class _Run:
         return _Evaluated(stats, loss, up, torch.sort(~alive, stable=True).indices, ref, counts)
 
     def _coefficients(self, chunk: Chunk, up: Upstream, stats: Tensor) -> Coefficients:
-        return coefficients(chunk, up, stats[2] if self.reads[2] else None, vocab=self.call.problem.vocab)
+        return coefficients(chunk, up, stats[STATS.index("entropy")], vocab=self.call.problem.vocab)
 
     def _apart(
         self,
@@ -207,7 +203,7 @@ class _Run:
         into: Gradients,
         part: Batch,
         places: slice | Tensor,
-        weights: Tensor,
+        weights: Weights,
         rows: Rows,
         pieces: list[tuple[Rows, slice]],
     ) -> None:
@@ -236,27 +232,29 @@ class _Run:
 
 def chunks(
     objective: Objective, most: int, problem: Problem
-) -> Iterator[tuple[Batch, slice | Tensor, Tensor]]:
+) -> Iterator[tuple[Batch, slice | Tensor, Weights]]:
     """Parts of the batch of at most `most` live tokens: (part, its places, its items' weights).
 
     An item with more tokens is a part of its own.
     """
-    batch, weights = objective.batch, objective.weights
+    batch = objective.batch
     if problem.coupling == "token":
         for start in range(0, batch.rows.numel(), most):
             index = torch.arange(start, min(start + most, batch.rows.numel()), device=batch.rows.device)
             place = slice(start, start + index.numel())
-            yield batch.take_tokens(index), place, weights[place]
+            yield batch.take_tokens(index), place, objective.weights_of(place)
         return
     sizes, start = problem.sizes, 0
-    take = batch.take_pairs if problem.coupling == "pair" else batch.take_sequences
+    pairs = problem.coupling == "pair"
     while start < len(sizes):
         stop, rows = start, 0
         while stop < len(sizes) and (stop == start or rows + sizes[stop] <= most):
             rows += sizes[stop]
             stop += 1
-        part, places = take(torch.arange(start, stop, device=batch.rows.device), rows)
-        yield part, places, weights[start:stop]
+        index = torch.arange(start, stop, device=batch.rows.device)
+        part, places = batch.take_pairs(index, rows) if pairs else batch.take_sequences(index, rows)
+        sequences = torch.cat([index, index + batch.pairs]) if pairs else index
+        yield part, places, objective.weights_of(places, sequences, slice(start, stop))
         start = stop
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -146,7 +147,7 @@ def _stats(
         hidden.reshape(-1, hidden.shape[-1]), weight, y, bias,
         temperature.detach().reshape(-1) if isinstance(temperature, Tensor) else temperature, logit_scale,
         softcap, backends.pick(backend, hidden.device), plan, precision, workspace_bytes, max_live, main_grad,
-        entropy=entropy,
+        stats=("entropy",) if entropy else (),
     )  # fmt: skip
     return TokenStats(
         found["logp"].reshape(shape),
@@ -170,19 +171,22 @@ def waist(
     max_live: int | None,
     main_grad: Tensor | None,
     *,
-    entropy: bool = False,
-    average: bool = False,
+    stats: Sequence[str] = (),
+    learnt: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
-    """logp, lse and, if asked for, entropy and average (the mean logit), [N] each, of checked arguments."""
+    """logp, lse and the stats asked for, [N] each, of checked arguments.
+
+    stats: of "entropy", "average" (the mean logit), "squares" (log sum_v p_v^2, never differentiable).
+    learnt: those that are differentiable; None: all.
+    """
     grad = torch.is_grad_enabled()
     if backend == "eager":
         check_plan(plan)
         if main_grad is not None and grad and weight.requires_grad:
             weight = IntoMainGrad.apply(weight, main_grad)
-        found = _eager(hidden, weight, bias, target, temperature, logit_scale, softcap, max_live)
-        return dict(zip(("logp", "entropy", "lse", "average"), found, strict=True))
+        return _eager(hidden, weight, bias, target, temperature, logit_scale, softcap, max_live)
     is_tensor = isinstance(temperature, Tensor)
-    logp, entropies, lse, mean, _, _ = torch.ops.fused_align.linear_logp_forward(
+    found = torch.ops.fused_align.linear_logp_forward(
         hidden,
         weight,
         bias,
@@ -197,13 +201,13 @@ def waist(
         workspace_bytes,
         max_live,
         plan,
-        entropy,
-        average,
+        " ".join(stats),
+        " ".join(stats if learnt is None else learnt),
         grad and hidden.requires_grad,
         grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
     )
-    found = {"logp": logp, "lse": lse}
-    return found | ({"entropy": entropies} if entropy else {}) | ({"average": mean} if average else {})
+    named: dict[str, Tensor] = dict(zip(ops.STATS, found, strict=False))  # the backward's follow
+    return {name: named[name] for name in ("logp", "lse", *stats)}
 
 
 class IntoMainGrad(torch.autograd.Function):
@@ -229,7 +233,7 @@ def _eager(
     logit_scale: float,
     softcap: float | None,
     max_live: int | None,
-) -> list[Tensor]:
+) -> dict[str, Tensor]:
     rows = Rows.where(target != IGNORE_INDEX, max_live)
     y = ops.check_range(rows.take(target), weight.shape[0])
     temperature = ops.per_row(temperature, rows)
@@ -240,7 +244,7 @@ def _eager(
         hidden, weight = hidden.to(operand), weight.to(operand)
     with torch.autocast(hidden.device.type, enabled=False):
         live = dense_stats(rows.take(hidden), weight, bias, y, temperature, logit_scale, softcap, dtype)
-    return [rows.spread(x) for x in live]
+    return {name: rows.spread(x) for name, x in live.items()}
 
 
 # ---- validation ----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Absent outputs have size 0. Gradients of gradients are not defined, and asking f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -18,6 +18,9 @@ from .gradients import Gradients, Targets
 from .passes import Chunk, Head, Walk, load, reload, work_dtype
 from .plan import Plan, Problem, choose
 from .workspace import lease
+
+#: the statistics of a token that a walk can give; the first two always
+STATS = ("logp", "lse", "entropy", "average", "squares")
 
 
 def check_range(target: Tensor, vocab: int) -> Tensor:  # [n] live
@@ -43,8 +46,18 @@ def check_temperature(temperature: Tensor) -> Tensor:  # [n] live
 
 
 def make_problem(
-    head: Head, hidden: Tensor, live: int, *, grad_hidden: bool, grad_head: bool, **more: object
+    head: Head,
+    hidden: Tensor,
+    live: int,
+    *,
+    stats: Sequence[str],
+    learnt: Sequence[str],
+    grad_hidden: bool,
+    grad_head: bool,
+    **more: object,
 ) -> Problem:
+    """stats: what is wanted besides logp and lse; learnt: those of them that are differentiated."""
+    grad = grad_hidden or grad_head
     return Problem(
         rows=live,
         given=hidden.shape[0],
@@ -59,6 +72,10 @@ def make_problem(
         grad_hidden=grad_hidden,
         grad_head=grad_head,
         capped=head.softcap is not None,
+        entropy="entropy" in stats,
+        squares="squares" in stats,
+        entropy_grad="entropy" in learnt and grad,
+        average_grad="average" in learnt and grad,
         **more,  # type: ignore[arg-type]
     )
 
@@ -80,9 +97,10 @@ def per_row(temperature: float | Tensor, rows: Rows) -> float | Tensor:  # [M] -
     return found if rows.valid is None else torch.where(rows.valid, found, 1.0)
 
 
-def _is_jacobian(plan: str, frozen: bool, entropy: bool, capped_average: bool) -> bool:
+def _is_jacobian(plan: str, frozen: bool, learnt: str, capped: bool) -> bool:
     """Whether the forward must keep E @ W: from flags alone, so that shapes are known when tracing."""
-    return frozen and (plan == "jacobian" or (plan == "auto" and not entropy and not capped_average))
+    served = "entropy" not in learnt and not (capped and "average" in learnt)
+    return frozen and (plan == "jacobian" or (plan == "auto" and served))
 
 
 @torch.library.custom_op("fused_align::linear_logp_forward", mutates_args=())
@@ -101,37 +119,36 @@ def _forward(
     workspace_bytes: int | None,
     max_live: int | None,
     plan: str,
-    entropy: bool,
-    average: bool,
+    stats: str,  # words, of STATS[2:]: an op takes no list of them
+    learnt: str,
     grad_hidden: bool,
     grad_head: bool,
 ) -> list[Tensor]:
-    """-> logp [M], entropy [M] | [0], lse [M], mean logit [M] | [0], state [3 or 4, M], product [M, H] | [0].
+    """-> STATS, [M] | [0] each; state [3 or 4, M]; product [M, H] | [0].
 
     state: z, ref, S and, under a cap, the target's slope. All are 0 where ignored.
     """
     head = Head(weight, bias, logit_scale, softcap, operand, rounded)
-    work, grad = work_dtype(hidden, weight), grad_hidden or grad_head
+    work = work_dtype(hidden, weight)
     rows = Rows.where(target != IGNORE_INDEX, max_live)
     y = rows.take(target)
     safe = check_range(y, weight.shape[0])
     temper = scalar_temperature if temperature is None else per_row(temperature, rows)
     if isinstance(temper, Tensor):
         check_temperature(temper)
-    jacobian = _is_jacobian(plan, grad_hidden and not grad_head, entropy, average and softcap is not None)
+    jacobian = _is_jacobian(plan, grad_hidden and not grad_head, learnt, softcap is not None)
     problem = make_problem(
-        head, hidden, len(rows), grad_hidden=grad_hidden, grad_head=grad_head, entropy=entropy,
-        entropy_grad=entropy and grad, average_grad=average and grad, static=max_live is not None,
-        main_grad=main_grad is not None,
+        head, hidden, len(rows), stats=stats.split(), learnt=learnt.split(), grad_hidden=grad_hidden,
+        grad_head=grad_head, static=max_live is not None, main_grad=main_grad is not None,
     )  # fmt: skip
     chosen = choose(problem, "jacobian" if jacobian else plan, workspace_bytes)
-    means = head.average(chosen.cols, work) if average else None
-    found = _Found(hidden, work, rows, softcap is not None, entropy, average, jacobian)
+    means = head.average(chosen.cols, work) if "average" in stats else None
+    found = _Found(hidden, work, rows, softcap is not None, stats, jacobian)
 
     def body(walk: Walk) -> None:
         for part, at in rows.split(chosen.rows):
             heat = temper[at] if isinstance(temper, Tensor) else temper
-            chunk = load(head, part.take(hidden), safe[at], heat, entropy=entropy, average=means)
+            chunk = load(head, part.take(hidden), safe[at], heat, stats=stats, average=means)
             product = found.product_of(part) if jacobian else None
             walk.forward(chunk, product=product)
             found.put(part, chunk, None if safe is y else safe[at] == y[at], product)
@@ -140,7 +157,7 @@ def _forward(
         run_walk(head, chosen, problem, body)
     if rows.valid is not None:  # rows beyond max_live, where that was no error
         surplus = (target != IGNORE_INDEX) & (rows.spread(rows.valid.to(work)) == 0)
-        found.logp[: rows.size].masked_fill_(surplus, torch.nan)
+        found.stats["logp"][: rows.size].masked_fill_(surplus, torch.nan)
     return found.outputs(rows.size)
 
 
@@ -148,16 +165,14 @@ class _Found:
     """What the forward returns, under construction; padding writes to a spare row at the end."""
 
     def __init__(
-        self, hidden: Tensor, work: torch.dtype, rows: Rows, capped: bool, entropy: bool, average: bool,
-        jacobian: bool,
-    ) -> None:  # fmt: skip
+        self, hidden: Tensor, work: torch.dtype, rows: Rows, capped: bool, stats: str, jacobian: bool
+    ) -> None:
         def new(*shape: int) -> Tensor:
             return hidden.new_zeros(shape, dtype=work)
 
         width = rows.size + (rows.valid is not None)
-        self.logp, self.lse, self.state = new(width), new(width), new(4 if capped else 3, width)
-        self.entropy = new(width if entropy else 0)
-        self.average = new(width if average else 0)
+        self.stats = {name: new(width if name in ("logp", "lse", *stats.split()) else 0) for name in STATS}
+        self.state = new(4 if capped else 3, width)
         self.product = new(width, hidden.shape[1]) if jacobian else new(0)
 
     def product_of(self, part: Rows) -> Tensor:
@@ -168,41 +183,37 @@ class _Found:
 
     def put(self, part: Rows, chunk: Chunk, inside: Tensor | None, product: Tensor | None) -> None:
         """The results of a chunk. inside: which targets lie in the vocabulary, where it is not checked."""
-        index, work = part.index, self.logp.dtype
-        logp, lse, _, inverse = chunk.finish()
-        self.logp[index] = (logp if inside is None else torch.where(inside, logp, torch.nan)).to(work)
-        self.lse[index] = lse.to(work)
+        index, work = part.index, self.state.dtype
+        for name, stat in chunk.stats().items():
+            if name == "logp" and inside is not None:
+                stat = torch.where(inside, stat, torch.nan)
+            self.stats[name][index] = stat.to(work)
         self.state[0, index], self.state[1, index], self.state[2, index] = chunk.z, chunk.ref, chunk.total
         if chunk.slope is not None:
             self.state[3, index] = chunk.slope
-        if chunk.moment is not None:
-            self.entropy[index] = chunk.entropy().to(work)
-        if chunk.average is not None:
-            self.average[index] = chunk.average.to(work)
         if product is not None:
-            product.mul_((inverse * chunk.factor).to(work)[:, None])
+            product.mul_((chunk.finish()[3] * chunk.factor).to(work)[:, None])
             if not isinstance(index, slice):
                 self.product[index] = product
 
     def outputs(self, size: int) -> list[Tensor]:
         state = self.state[:, :size].contiguous()
-        vectors = self.logp, self.entropy, self.lse, self.average
-        return [*(vector[:size] for vector in vectors), state, self.product[:size]]
+        return [*(vector[:size] for vector in self.stats.values()), state, self.product[:size]]
 
 
 @_forward.register_fake
 def _(
     hidden, weight, bias, target, temperature, main_grad, scalar_temperature, logit_scale, softcap, operand,
-    rounded, workspace_bytes, max_live, plan, entropy, average, grad_hidden, grad_head,
+    rounded, workspace_bytes, max_live, plan, stats, learnt, grad_hidden, grad_head,
 ):  # fmt: skip
     work, rows = work_dtype(hidden, weight), target.shape[0]
-    jacobian = _is_jacobian(plan, grad_hidden and not grad_head, entropy, average and softcap is not None)
+    jacobian = _is_jacobian(plan, grad_hidden and not grad_head, learnt, softcap is not None)
 
     def new(*shape):
         return hidden.new_empty(shape, dtype=work)
 
     return [
-        new(rows), new(rows if entropy else 0), new(rows), new(rows if average else 0),
+        *(new(rows if name in ("logp", "lse", *stats.split()) else 0) for name in STATS),
         new(3 if softcap is None else 4, rows), new(*hidden.shape) if jacobian else new(0),
     ]  # fmt: skip
 
@@ -237,6 +248,7 @@ def _backward(
     head = Head(weight, bias, logit_scale, softcap, operand, rounded)
     jacobian = product.numel() > 0
     every = Upstream(dlogp, dlse, dentropy, daverage)
+    learnt = [name for name, d in (("entropy", dentropy), ("average", daverage)) if d is not None]
     live = target != IGNORE_INDEX
     rows = Rows.where(live, max_live)
     if not jacobian and max_live is None:
@@ -244,9 +256,8 @@ def _backward(
         rows = rows if places.numel() == len(rows) else rows[places]
     y = check_range(rows.take(target), weight.shape[0])
     problem = make_problem(
-        head, hidden, len(rows), grad_hidden=grad_hidden, grad_head=grad_weight or grad_bias,
-        entropy_grad=dentropy is not None, average_grad=daverage is not None, main_grad=main_grad is not None,
-        static=max_live is not None,
+        head, hidden, len(rows), stats=(), learnt=learnt, grad_hidden=grad_hidden,
+        grad_head=grad_weight or grad_bias, main_grad=main_grad is not None, static=max_live is not None,
     )  # fmt: skip
     chosen = choose(problem, "jacobian" if jacobian else "recompute", workspace_bytes)
     up = Upstream(*(None if c is None else rows.take(c) for c in (dlogp, dlse, dentropy, daverage)))  # type: ignore[arg-type]
@@ -303,24 +314,23 @@ def _(
 
 def _setup(ctx, inputs, output) -> None:
     hidden, weight, bias, target, temperature, main_grad = inputs[:6]
-    _, entropy, _, _, state, product = output
+    entropy, state, product = output[2], *output[5:]
     ctx.set_materialize_grads(False)  # zeros of product's size, for an output that no one differentiates
     ctx.save_for_backward(hidden, weight, bias, target, temperature, entropy, state, product)
     ctx.main_grad = main_grad  # not saved: other backwards may have added to it meanwhile
     ctx.options = inputs[6:13]
-    ctx.average = inputs[15]
+    ctx.learnt = inputs[15].split()
 
 
 def _autograd(ctx, grads):
-    dlogp, dentropy, dlse, daverage, _, _ = grads
+    dlogp, dlse, dentropy, daverage = grads[:4]
     *saved, entropy, state, product = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     if dlogp is None:
         dlogp = torch.zeros_like(state[0])
-    if entropy.numel() == 0:  # a traced backward gets zeros for every output
-        dentropy = None
-    if not ctx.average:
-        daverage = None
+    # a traced backward gets zeros for every output
+    dentropy = dentropy if "entropy" in ctx.learnt else None
+    daverage = daverage if "average" in ctx.learnt else None
     found = torch.ops.fused_align.linear_logp_backward(
         dlogp, dentropy, dlse, daverage, *saved, ctx.main_grad, entropy, state, product, *ctx.options, *needs
     )

@@ -19,7 +19,7 @@ all, for those rows alone. References are whole numbers, so that all such scalin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -87,6 +87,7 @@ class Chunk:
     moment: Tensor | None = None  # [r] float64, sum_v E_v (x_v + pivot) of the exponents x
     pivot: Tensor | None = None  # [r] makes that the distance to the target, or to the maximum after a jump
     average: Tensor | None = None  # [r] float64, mean_v z_v
+    squares: Tensor | None = None  # [r] float64, sum_v E_v^2
     refs: list[Tensor] = field(default_factory=list)  # the reference of each tile that was kept
 
     def part(self, index: Tensor | slice, x: Tensor | None = None) -> Chunk:
@@ -109,6 +110,7 @@ class Chunk:
             moment=None,
             pivot=None,
             average=None,
+            squares=None,
             refs=[ref if kept is self.ref else kept[index] for kept in self.refs],
         )
 
@@ -126,10 +128,29 @@ class Chunk:
         to_target = self.moment + (self.offset() - self.pivot) * self.total.double()
         return -logp - inverse * LN2 * to_target
 
+    def collision(self) -> Tensor:  # [r] float64
+        """log sum_v p_v^2."""
+        assert self.squares is not None
+        inverse = self.finish()[3]
+        return (self.squares + torch.exp2(-2 * self.offset())).log() + 2 * inverse.log()
+
+    def stats(self) -> dict[str, Tensor]:  # [r] float64 each
+        """What the walk was to find, under the names of `ops.STATS`."""
+        logp, lse, _, _ = self.finish()
+        found = {"logp": logp, "lse": lse}
+        if self.moment is not None:
+            found["entropy"] = self.entropy()
+        if self.average is not None:
+            found["average"] = self.average
+        if self.squares is not None:
+            found["squares"] = self.collision()
+        return found
+
     def restart(self, head: Head) -> None:
         """As it was before the first walk."""
         self.ref, self.refs = reference(self.z), []
-        for sums in (self.total, self.moment, None if head.softcap is None else self.average):
+        average = None if head.softcap is None else self.average
+        for sums in (self.total, self.moment, self.squares, average):
             if sums is not None:
                 sums.zero_()
         self.pivot = None if self.moment is None else self.offset()
@@ -160,7 +181,7 @@ def load(
     target: Tensor,  # [r]
     temperature: float | Tensor,  # [r]
     *,
-    entropy: bool = False,
+    stats: Container[str] = (),  # names, besides logp and lse
     average: tuple[Tensor, Tensor | float] | None = None,  # of Head.average, where the mean logit is wanted
 ) -> Chunk:
     """A chunk ready to be walked: the target's logits by gather-dot, and the references from them."""
@@ -173,8 +194,10 @@ def load(
         z, slope = head.softcap * tanh, (1 - tanh * tanh).to(work)
     z = (z * inverse).to(work)
     chunk = Chunk(x, target, gain, factor, z, reference(z), torch.zeros_like(z), slope)
-    if entropy:
+    if "entropy" in stats:
         chunk.moment, chunk.pivot = torch.zeros_like(z, dtype=torch.float64), chunk.offset()
+    if "squares" in stats:
+        chunk.squares = torch.zeros_like(z, dtype=torch.float64)
     if average is not None and head.softcap is None:
         weight, bias = average
         chunk.average = (x.to(work) @ weight.to(work)).double().add_(bias).mul_(factor)
@@ -304,6 +327,8 @@ class Walk:
                 torch.add(tile, chunk.pivot.to(tile.dtype)[:, None], out=distance)  # type: ignore[union-attr]
             steps.exp_tile(tile, chunk.target - start)
             chunk.total.add_(tile.sum(1))
+            if chunk.squares is not None:
+                steps.add_squares(chunk.squares, tile)
             if distance is not None and chunk.moment is not None:
                 chunk.moment.add_(distance.mul_(tile).sum(1))
             if square is not None and (keep is not None or product is not None):
@@ -344,6 +369,8 @@ class Walk:
             chunk.moment.mul_(down)
             chunk.pivot = pivot
         chunk.total.mul_(down)
+        if chunk.squares is not None:
+            chunk.squares.mul_(down.double().square())
         if product is not None:
             product.mul_(down[:, None])
         return not self.static

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from ..backends.torch_ import GATHER_BYTES as STEP_BYTES
-from ..backends.torch_ import HALF, SPARE
+from ..backends.torch_ import HALF, SPARE, SQUARED_COLS
 
 PLANS = ("auto", "score", "jacobian", "single", "window", "recompute")
 MIB = 1 << 20
@@ -66,6 +66,7 @@ class Problem:
     entropy: bool = False  # forward
     entropy_grad: bool = False
     average_grad: bool = False  # of the mean logit (label smoothing)
+    squares: bool = False  # sum of p^2 (WPO)
     main_grad: bool = False
     scale_known: bool = False  # grad_scale: what the loss will be multiplied by
     static: bool = False  # max_live: nothing is read back from the device
@@ -125,6 +126,7 @@ class Problem:
         if {x, operand} & {*HALF} and not self.on_cpu:
             needed += size * max(rows * cols, rows * H, cols * H)  # what a GEMM gives before it is added
         needed += min(GATHER_BYTES, 3 * size * rows * H) + ROW_BYTES * rows
+        needed += 2 * 8 * rows * min(cols, SQUARED_COLS) * self.squares
         if plan in (*COMPLETE, "recompute"):
             # dhidden of the chunk; rows scaled by coefficients, and rounded
             needed += size * rows * H * (self.gathered + 1) + 2 * rows * H * low
@@ -298,6 +300,8 @@ def _unfit(plan: str, problem: Problem) -> str | None:
             return "jacobian does not hold what the entropy's gradient needs; use recompute"
     elif problem.coupling is None:
         return f"{plan} needs coefficients that are known in the forward: call align_loss"
+    elif problem.coupling == "batch":
+        return f"the loss couples the whole batch, so {plan} could form no gradient before its end"
     elif plan != ("single" if problem.coupling == "token" else "window"):
         wanted = "single" if problem.coupling == "token" else "window"
         return f"the loss couples a {problem.coupling}, whose plan is {wanted!r}"

@@ -1,8 +1,48 @@
 """The losses, one definition each. `Loss` says what a loss is; the files hold one family each."""
 
-from .base import Loss, Objective
+from .advantages import combine_rewards, gae, group_advantages, value_loss, whiten
+from .base import Loss
+from .batchwise import AOT, BetaDPO
 from .likelihood import SFT
-from .policy import GRPO, PPO
-from .preference import DPO, IPO, KTO, kto_kl
+from .policy import (
+    CISPO,
+    GMPO,
+    GRAO,
+    GRPO,
+    GSPO,
+    LUSPO,
+    PPO,
+    REINFORCE,
+    RLOO,
+    SAPO,
+    VESPO,
+    HybridPolicy,
+)
+from .preference import (
+    CPO,
+    DPO,
+    DPOP,
+    EXO,
+    IPO,
+    MADPO,
+    NCA,
+    ORPO,
+    APODown,
+    APOZero,
+    BCOPair,
+    DiscoPOP,
+    Hinge,
+    SigmoidNorm,
+    SimPO,
+    SPPOHard,
+)
+from .sums import Sum
+from .unpaired import BCO, KTO, APOZeroUnpaired, kto_kl
 
-__all__ = ["DPO", "GRPO", "IPO", "KTO", "PPO", "SFT", "Loss", "Objective", "kto_kl"]
+__all__ = [
+    "AOT", "BCO", "CISPO", "CPO", "DPO", "DPOP", "EXO", "GMPO", "GRAO", "GRPO", "GSPO", "IPO", "KTO", "LUSPO",
+    "MADPO", "NCA", "ORPO", "PPO", "REINFORCE", "RLOO", "SAPO", "SFT", "VESPO", "APODown", "APOZero",
+    "APOZeroUnpaired", "BCOPair", "BetaDPO", "DiscoPOP", "Hinge", "HybridPolicy", "Loss", "SPPOHard",
+    "SigmoidNorm", "SimPO", "Sum", "combine_rewards", "gae", "group_advantages", "kto_kl", "value_loss",
+    "whiten",
+]  # fmt: skip

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..humanline import RatioClip
 from .base import Loss
 
 
 @dataclass(frozen=True)
 class SFT(Loss):
     """Supervised fine-tuning: -log pi(y_t), completion-only through the batch's mask. Token mean.
+
+    chosen=True: of the chosen answers of pairs only, the first half of the sequences, and over their tokens:
+    the NLL term of CPO, ORPO, or RPO (`Sum([(1.0, DPO()), (1.0, SFT(chosen=True))])`).
 
         -(1-e) log pi(y_t) - e mean_v log pi(v) + z_loss lse^2
 
@@ -27,6 +32,9 @@ class SFT(Loss):
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    chosen: bool = False
+
+    paper = "1512.00567"
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -41,7 +49,26 @@ class SFT(Loss):
         return smooth or (("lse",) if self.z_loss else ())
 
     def plain(self) -> SFT:
-        return SFT()
+        return SFT(chosen=self.chosen)
+
+    @property
+    def counted(self) -> str:
+        return "the tokens of chosen answers" if self.chosen else super().counted
+
+    def count(self, batch: Batch) -> int | Tensor:
+        return batch.chosen(batch.lengths).sum() if self.chosen else super().count(batch)
+
+    def sparse(self, humanline: RatioClip | None) -> bool:
+        return self.chosen
+
+    def weights(self, batch: Batch) -> Tensor:
+        weights = super().weights(batch)
+        return torch.where(batch.sequence < batch.pairs, weights, 0.0) if self.chosen else weights
+
+    def metrics(self, logp: Tensor, log_ratio: Tensor, batch: Batch) -> dict[str, Tensor]:
+        if not self.chosen:
+            return {}
+        return {"nll": -torch.where(batch.sequence < batch.pairs, logp, 0.0).sum() / self.count(batch)}
 
     def items(self, logp: Tensor, log_ratio: Tensor, batch: Batch) -> Tensor:
         items = -logp
