@@ -193,7 +193,7 @@ def memory(trainer: AlignTrainer) -> dict[str, int]:
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
         peak = max(peak, held)
-    positions, live, row = labels.numel(), int(batch["count"]["tokens"]), weight.shape[0] * 4
+    positions, live, row = labels.numel(), pairs.rows.numel(), weight.shape[0] * 4
     return {
         "used": peak - weight.nbytes - hidden.nbytes,
         "workspace": int(trainer.options["workspace_bytes"]),

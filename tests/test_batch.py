@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import LOSSES, Case, loss_id, make_case, randn, run_loss
+from cases import SELECTED, Case, fresh, loss_id, make_case, randn, run_loss
 
 import fused_align as fa
 
@@ -76,7 +76,7 @@ def pack(case: Case, keep_ignored: bool = False) -> tuple[torch.Tensor, torch.Te
     return case.hidden[kept], case.weight, case.target[kept], {**columns, "cu_seqlens": offsets}
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=loss_id)
+@pytest.mark.parametrize("loss", SELECTED, ids=loss_id)
 @pytest.mark.parametrize("keep_ignored", [False, True])
 def test_packed_is_padded(loss: fa.Loss, keep_ignored: bool):
     case = make_case([3, 1, 0, 5, 2, 4], width=6, H=7, V=19, seed=3)
@@ -84,7 +84,7 @@ def test_packed_is_padded(loss: fa.Loss, keep_ignored: bool):
     want, want_grads = run_loss(case, loss)
     hidden, weight, target, columns = pack(case, keep_ignored)
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    out = fa.align_loss(hidden, weight, fa.Batch(target, **columns), loss)
+    out = fa.align_loss(hidden, weight, fa.Batch(target, **columns), fresh(loss))
     out.loss.backward()
     torch.testing.assert_close(out.loss, want.loss, rtol=1e-12, atol=1e-14)
     for name, metric in want.metrics.items():
@@ -98,7 +98,7 @@ def test_the_callers_tensors_are_left_alone():
     case = make_case([3, 1, 0, 5], width=6, H=7, V=19)
     kept = {name: tensor.clone() for name, tensor in case.columns.items()}
     target, hidden, weight = case.target.clone(), case.hidden.clone(), case.weight.clone()
-    for loss in LOSSES:
+    for loss in SELECTED:
         run_loss(case, loss)
     assert (
         torch.equal(case.target, target)
@@ -114,7 +114,7 @@ def test_no_gradient_flows_into_the_columns():
     case.columns["token_weight"] = randn(4, 6, seed=4).abs()
     for column in case.columns.values():
         column.requires_grad_(column.is_floating_point())
-    for loss in LOSSES:
+    for loss in SELECTED:
         run_loss(case, loss)
         run_loss(case, loss, plan="recompute")
     assert all(column.grad is None for column in case.columns.values())

@@ -86,10 +86,10 @@ def test_an_adapter_that_trains_biases_of_the_base_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "dpoo"}, r"must be one of \['dpo'.*Did you mean 'dpo'"),
+        ({"loss": "dpoo"}, r"must be one of \['aot'.*Did you mean 'dpo'"),
         ({"loss_args": {"betta": 0.1}}, r"DPO has no field 'betta'.*Did you mean 'beta'"),
         ({"loss": "sft", "humanline": True}, "clips a log-ratio"),
-        ({"humanline": 1.5}, r"null, true, or \[low, high\]"),
+        ({"humanline": 1.5}, r"null, true, \[low, high\]"),
         ({"sync_every": -1}, "sync_every must be 0"),
         ({"max_length": 1}, "max_length must leave room"),
         ({"scale_rewards": "batch"}, 'scale_rewards must be "group" or "none"'),

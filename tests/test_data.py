@@ -9,10 +9,11 @@ import math
 import pytest
 import tiny
 import torch
+import training
 from datasets import Dataset
 
 import fused_align as fa
-from fused_align.train import data
+from fused_align.train import cli, data
 from fused_align.train.config import DataConfig
 
 TOKENIZER = tiny.tokenizer()
@@ -123,6 +124,15 @@ def test_advantages():
     std = math.sqrt(((1 - 3) ** 2 + (2 - 3) ** 2 + (6 - 3) ** 2) / 2)
     assert data.advantages(rewards) == pytest.approx([(r - 3) / (std + 1e-4) for r in rewards], abs=1e-12)
     assert data.advantages(rewards, "none") == [-2.0, -1.0, 3.0]
+    assert data.advantages([]) == []
+
+
+def test_advantages_of_several_rewards_each():
+    assert data.advantages([[1.0, 10.0], [3.0, 20.0]], "none") == [-6.0, 6.0]
+    assert data.advantages([[1.0, 10.0], [3.0, 20.0]], "none", [0.5, -1.0]) == [4.5, -4.5]
+    assert data.advantages([[1.0, None], [3.0, 20.0]], "none", [1.0, 0.1]) == [-2.0, 2.0]  # 1 and 5
+    assert data.advantages([1.0, 3.0], "none", [2.0]) == [-2.0, 2.0]
+    assert data.advantages([[0.1, 0.2], [0.2, 0.1]]) == [0.0, 0.0]
 
 
 def test_group_rows():
@@ -132,6 +142,43 @@ def test_group_rows():
     assert example["advantages"] == pytest.approx(data.advantages([1.0, 0.0, 0.5]))
     with pytest.raises(ValueError, match="3 completions and 1 rewards"):
         prepare([{**row, "rewards": [1.0]}], "group")
+    several = {**row, "rewards": [[1.0, 0.0], [0.0, None], [0.5, 2.0]]}
+    (example,) = prepare([several], "group", reward_weights=[2.0, 1.0], scale_rewards="none")
+    assert example["advantages"] == pytest.approx([2 - 5 / 3, -5 / 3, 3 - 5 / 3])
+
+
+def test_reward_weights_reach_the_trainers_examples(tmp_path):
+    rows = [
+        {"prompt": f"q{i}:", "completions": ["a", "b"], "rewards": [[0.0, 1.0], [3.0, 0.0]]} for i in (0, 1)
+    ]
+    for weights, expected in ((None, [-1.0, 1.0]), ([1.0, 5.0], [1.0, -1.0])):
+        settings = {"loss": "grpo", "scale_rewards": "none", "reward_weights": weights}
+        made = training.trainer(tmp_path, rows=Dataset.from_list(rows), **settings)
+        assert list(made.train_dataset["advantages"]) == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([], r"null or a list with a number for each reward.*got \[\]"),
+        (0.5, "null or a list with a number for each reward.*got 0.5"),
+        ("0.5", "null or a list with a number for each reward.*got '0.5'"),
+        ([1.0, "much"], "a weight of reward_weights must be a number; got 'much'"),
+        ([1.0, None], "a weight of reward_weights must be a number; got None"),
+        ([1.0, math.inf], r"reward_weights must be finite; got \[1.0, inf\]"),
+    ],
+)
+def test_reward_weights_that_are_none_are_refused(tmp_path, weights, message):
+    with pytest.raises(ValueError, match=message):
+        training.config(tmp_path, loss="grpo", reward_weights=weights)
+
+
+def test_reward_weights_from_a_file_or_the_command_line(tmp_path):
+    words = ["--reward_weights", "[1, 0.5]", "--loss", "grpo", "--use_cpu", "--report_to", "none"]
+    values = {"model_name_or_path": "m", "dataset": "d", "output_dir": str(tmp_path)}
+    assert cli.parse(values, words)[-1].reward_weights == [1, 0.5]
+    assert cli.parse(values | {"reward_weights": [2, 1e-5]}, words[2:])[-1].reward_weights == [2, 1e-5]
+    assert cli.parse(values, words[2:])[-1].reward_weights is None
 
 
 def test_truncation_cuts_completions_and_drops_rows_without_room(caplog):
@@ -160,18 +207,18 @@ def test_collator_puts_chosen_before_rejected_and_pads_right():
         ],
         "pair",
     )
-    batch = data.Collator("pair", 0)(list(examples))
+    batch = data.Collator("pair", 0, fa.DPO().counts)(list(examples))
     rows = [text([t for t in row.tolist() if t]) for row in batch["input_ids"]]
     assert rows == ["Q:a<eos>", "R:ef<eos>", "Q:bcd<eos>", "R:g<eos>"]
     assert batch["attention_mask"].sum(1).tolist() == [4, 5, 6, 4]
     assert batch["margin"].tolist() == [1.0, 2.0]
-    assert batch["count"] == {"tokens": 2 + 3 + 4 + 2, "sequences": 4, "pairs": 2}
+    assert batch["count"] == {"pairs": 2}
     assert fa.Batch.from_labels(batch["labels"]).lengths.tolist() == [2, 3, 4, 2]
 
 
 def test_stored_log_probs_land_on_their_tokens():
     examples = prepare([{"prompt": "Q:", "chosen": "a", "rejected": "bcd"}], "pair")
-    collator = data.Collator("pair", 0)
+    collator = data.Collator("pair", 0, fa.DPO().counts)
     collator.scores = lambda index: [torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -4.0, -5.0, -6.0])]
     batch = collator(list(examples))
     expected = [[0, -1, -2, 0, 0, 0], [0, -3, -4, -5, -6, 0]]  # position t predicts token t + 1
@@ -182,7 +229,7 @@ def test_stored_log_probs_land_on_their_tokens():
 
 def test_first_token_of_a_text_has_nothing_to_predict_it():
     (example,) = prepare([{"text": "abc"}], "text")
-    batch = data.Collator("text", 0)([example])
+    batch = data.Collator("text", 0, fa.SFT().counts)([example])
     assert batch["count"]["tokens"] == 3 == data.live_count((example["input_ids"][0], 0))
     assert fa.Batch.from_labels(batch["labels"]).count("tokens") == 3
 
@@ -209,10 +256,11 @@ def test_margins_that_some_rows_lack_are_left_out_of_all(bad, caplog):
         examples = prepare([good, good | {"margin": bad}], "pair")
     assert len(examples) == 2 and "margin" not in examples.column_names
     assert "margin is left out" in caplog.text
-    assert "margin" not in data.Collator("pair", 0)(examples.to_list())
+    assert "margin" not in data.Collator("pair", 0, fa.DPO().counts)(examples.to_list())
 
 
 GROUP = {"prompt": "Q:", "completions": ["a", "b"], "rewards": [1.0, 0.0]}
+TWICE = GROUP | {"rewards": [[1.0, 0.0], [0.0, 1.0]]}
 JUDGED = {"prompt": "Q:", "completion": "a", "label": True}
 PAIR = {"prompt": "Q:", "chosen": "a", "rejected": "b"}
 
@@ -224,6 +272,17 @@ PAIR = {"prompt": "Q:", "chosen": "a", "rejected": "b"}
         ("group", GROUP, {"rewards": [1.0, math.inf]}, "Row 1: rewards must be finite numbers.*inf"),
         ("group", GROUP, {"rewards": [None, 1.0]}, "Row 1: rewards must be finite numbers.*None"),
         ("group", GROUP, {"completions": ["a", None]}, "Row 1: completions is null"),
+        ("group", GROUP, {"rewards": None}, "Row 1: .*2 completions and 0 rewards"),
+        (
+            "group",
+            TWICE,
+            {"rewards": [[1.0, 2.0], [None, None]]},
+            "Row 1: rewards must be finite.*None, None",
+        ),
+        ("group", TWICE, {"rewards": [[1.0, 2.0], [math.nan, 1.0]]}, "Row 1: rewards must be finite.*nan"),
+        ("group", TWICE, {"rewards": [[1.0, 2.0], None]}, "Row 1: rewards must be finite.*None"),
+        ("group", TWICE, {"rewards": [[1.0, 2.0], []]}, "Row 1: rewards must be finite"),
+        ("group", TWICE, {"rewards": [[1.0, 2.0], [1.0]]}, r"Row 1: .*needs 2 rewards.*got \[1.0\]"),
         ("unpaired", JUDGED | {"label": 1}, {"label": 2}, "Row 1: label must be true or false.*got 2"),
         ("unpaired", JUDGED | {"label": "no"}, {}, "Row 0: label must be true or false.*got 'no'"),
         ("unpaired", JUDGED, {"label": None}, "Row 1: label must be true or false.*got None"),
@@ -235,6 +294,12 @@ PAIR = {"prompt": "Q:", "chosen": "a", "rejected": "b"}
 def test_rows_that_cannot_be_used_are_named(kind, good, bad, message):
     with pytest.raises(ValueError, match=message):
         prepare([good, good | bad], kind)
+
+
+@pytest.mark.parametrize(("row", "got"), [(GROUP, r"\[1.0\]"), (TWICE, r"\[1.0, 0.0\]")])
+def test_as_many_rewards_as_weights(row, got):
+    with pytest.raises(ValueError, match=f"Row 0: every completion needs 3 rewards.*got {got}"):
+        prepare([row], "group", reward_weights=[1.0, 1.0, 1.0])
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import pytest
 import torch
 from cases import (
     HUMANLINE,
-    LOSSES,
+    SELECTED,
     Case,
+    fresh,
     gradients,
     leaves_of,
     loss_id,
@@ -42,9 +43,10 @@ def small(head: str = "all") -> Case:
     return make_case(LENGTHS, width=WIDTH, H=5, V=11, head=options)
 
 
-def per_token(case: Case) -> dict[str, Tensor]:
+def per_token(case: Case, loss: fa.Loss) -> dict[str, Tensor]:
     ramp = torch.linspace(-2, 1, case.target.numel(), dtype=F64).view(case.target.shape)
-    return {"advantage": ramp, "token_weight": ramp.flip(0).abs()}
+    weight = {"token_weight": ramp.flip(0).abs()}
+    return weight if isinstance(loss, fa.GRAO) else {"advantage": ramp, **weight}  # GRAO has one per sequence
 
 
 def poisoned(case: Case, poison: float, *more: Tensor) -> None:
@@ -77,7 +79,8 @@ def run_align(
         case = case.flat()
     leaves = leaves_of(case, ("weight", "bias") if frozen else ())
     at = case.with_operands(leaves)
-    out = fa.align_loss(at.hidden, at.weight, fa.Batch(at.target, **columns), loss, **at.head, **options)
+    batch = fa.Batch(at.target, **columns)
+    out = fa.align_loss(at.hidden, at.weight, batch, fresh(loss), **at.head, **options)
     return out, gradients(out.loss, leaves)
 
 
@@ -116,13 +119,13 @@ def test_linear_logp():
 
 
 @pytest.mark.parametrize(("packed", "humanline"), [(False, HUMANLINE), (True, None)], ids=str)
-@pytest.mark.parametrize("loss", LOSSES, ids=loss_id)
+@pytest.mark.parametrize("loss", SELECTED, ids=loss_id)
 @pytest.mark.usefixtures("tiny_tiles")
 def test_align_loss(loss: fa.Loss, packed: bool, humanline: fa.Humanline | None):
     """Value, every metric and every gradient, whichever plan runs and however long the padding is."""
     case = small("uncapped")
     options: dict[str, Any] = {"humanline": humanline if loss.anchor else None}
-    options["changes"] = per_token(case) if packed else {}
+    options["changes"] = per_token(case, loss) if packed else {}
     for frozen in (False, True):
         want, want_grads = run_align(case, loss, packed, frozen, **options)
         plans = [plan for plan in plans_for(loss, frozen_head=frozen) if plan != "window"]
@@ -137,7 +140,7 @@ def test_align_loss(loss: fa.Loss, packed: bool, humanline: fa.Humanline | None)
 
 
 @pytest.mark.parametrize("first", [0, 5], ids=["all", "last"])
-@pytest.mark.parametrize("loss", LOSSES, ids=loss_id)
+@pytest.mark.parametrize("loss", SELECTED, ids=loss_id)
 def test_sequences_without_tokens(loss: fa.Loss, first: int):
     """What stands in padding must not come from dividing by the length of a sequence that has none."""
     case = small("plain")
@@ -151,15 +154,15 @@ def test_sequences_without_tokens(loss: fa.Loss, first: int):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("most", [LIVE + 5, POSITIONS + 100])
-@pytest.mark.parametrize("loss", [*{type(loss): loss for loss in LOSSES}.values(), fa.SFT()], ids=loss_id)
+@pytest.mark.parametrize("loss", [*{type(loss): loss for loss in SELECTED}.values(), fa.SFT()], ids=loss_id)
 def test_poison_in_ignored_positions(loss: fa.Loss, most: int, poison: float):
     """Padding reads zeros and writes to a spare row, whatever stands at the positions it points to."""
     case, clean = small("per_token"), small("per_token")
-    more = per_token(case)
+    more = per_token(case, loss)
     poisoned(case, poison, *more.values())
     options: dict[str, Any] = {"max_live": most, "humanline": HUMANLINE if loss.anchor else None}
     for plan in (p for p in plans_for(loss) if p != "window"):
-        want, want_grads = run_align(clean, loss, changes=per_token(clean), plan=plan, **options)
+        want, want_grads = run_align(clean, loss, changes=per_token(clean, loss), plan=plan, **options)
         out, grads = run_align(case, loss, changes=more, plan=plan, **options)
         assert torch.equal(out.loss.detach(), want.loss.detach()), plan
         for name, metric in out.metrics.items():
@@ -235,7 +238,7 @@ def test_statistics_read_nothing_back(dtype: torch.dtype, frozen: bool, head: st
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("loss", LOSSES, ids=loss_id)
+@pytest.mark.parametrize("loss", SELECTED, ids=loss_id)
 def test_align_loss_reads_nothing_back(loss: fa.Loss, dtype: torch.dtype):
     options: dict[str, Any] = {"humanline": HUMANLINE if loss.anchor else None}
     for head, packed, frozen in (("plain", False, False), ("uncapped", True, True), ("all", True, False)):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import HUMANLINE, LOSSES, Case, loss_id, make_case, plans_for, run_loss
+from cases import HUMANLINE, SELECTED, Case, fresh, loss_id, make_case, plans_for, run_loss
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tolerances import check_grad, check_loss
@@ -16,7 +16,8 @@ from torch import Tensor
 import fused_align as fa
 
 WIDTH = 5
-ANCHORED = [loss for loss in LOSSES if loss.anchor is not None]
+SPLIT = [loss for loss in SELECTED if loss.item != "batch"]  # the others compare all of a batch
+ANCHORED = [loss for loss in SELECTED if loss.anchor is not None]
 
 lengths = st.lists(st.integers(0, WIDTH), min_size=1, max_size=4)  # per pair or two sequences: doubled below
 seeds = st.integers(0, 10**6)
@@ -31,17 +32,28 @@ def sequences(case: Case, index: list[int]) -> Case:
     """Some sequences, in the given order."""
     S = case.target.shape[0]
     columns = {k: v[index] if v.dim() and v.shape[0] == S else v for k, v in case.columns.items()}
+    pairs = [i for i in index if i < S // 2]
+    if len(index) == 2 * len(pairs):
+        columns["margin"] = case.columns["margin"][pairs]
+    else:  # not of whole pairs
+        del columns["margin"]
     return Case(case.hidden[index], case.weight, case.target[index], case.head, columns)
 
 
-def items_of(loss: fa.Loss, S: int) -> list[list[int]]:
-    """The sequences of each item of the loss: pairs stay together."""
-    return [[i, i + S // 2] for i in range(S // 2)] if loss.item == "pair" else [[i] for i in range(S)]
+def items_of(loss: fa.Loss, case: Case) -> list[list[int]]:
+    """The sequences of each item of the loss: pairs, and GRAO's groups, stay together."""
+    S = case.target.shape[0]
+    if "pair" in (loss.item, loss.per):
+        return [[i, i + S // 2] for i in range(S // 2)]
+    if isinstance(loss, fa.GRAO):
+        groups = case.columns["group"].tolist()
+        return [[i for i in range(S) if groups[i] == group] for group in sorted(set(groups))]
+    return [[i] for i in range(S)]
 
 
 def joined(parts: list[list[int]]) -> list[int]:
     """Items in one batch: all first sequences, then all second ones."""
-    return [index for column in zip(*parts, strict=True) for index in column]
+    return [part[place] for place in range(max(map(len, parts))) for part in parts if place < len(part)]
 
 
 def same(
@@ -52,14 +64,16 @@ def same(
         check_grad(got[1][name], grad, torch.float64, name)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=loss_id)
+@pytest.mark.parametrize("loss", SPLIT, ids=loss_id)
 @given(counts=lengths, seed=seeds, data=st.data())
 def test_micro_batches_add_up(loss: fa.Loss, counts: list[int], seed: int, data: st.DataObject):
     """With the count of the whole batch as normalizer, any split of its items gives the same sum."""
     case = draw(counts, seed)
     options: dict[str, Any] = {"humanline": HUMANLINE if loss.anchor else None}
-    whole, whole_grads = run_loss(case, loss, normalizer=max(case.batch().count(loss.unit), 1), **options)
-    items = items_of(loss, case.target.shape[0])
+    counts = loss.counts(case.batch().live())
+    options["normalizer"] = {unit: max(int(count), 1) for unit, count in counts.items()}
+    whole, whole_grads = run_loss(case, loss, **options)
+    items = items_of(loss, case)
     where = data.draw(st.lists(st.integers(0, 2), min_size=len(items), max_size=len(items)))
     total = torch.zeros((), dtype=torch.float64)
     weight_grad = torch.zeros_like(case.weight)
@@ -67,9 +81,7 @@ def test_micro_batches_add_up(loss: fa.Loss, counts: list[int], seed: int, data:
         mine = [item for item, place in zip(items, where, strict=True) if place == part]
         if mine:
             index = joined(mine)
-            out, grads = run_loss(
-                sequences(case, index), loss, normalizer=max(case.batch().count(loss.unit), 1), **options
-            )
+            out, grads = run_loss(sequences(case, index), loss, **options)
             total += out.loss.detach()
             weight_grad += grads["weight"]
             check_grad(grads["hidden"], whole_grads["hidden"][index], torch.float64, "hidden")
@@ -77,19 +89,21 @@ def test_micro_batches_add_up(loss: fa.Loss, counts: list[int], seed: int, data:
     check_grad(weight_grad, whole_grads["weight"], torch.float64, "weight")
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=loss_id)
+@pytest.mark.parametrize(
+    "loss", [loss for loss in SELECTED if not isinstance(loss, fa.BetaDPO)], ids=loss_id
+)  # BetaDPO draws pairs by their places
 @given(counts=lengths, seed=seeds, data=st.data())
 def test_the_order_of_the_items_does_not_matter(
     loss: fa.Loss, counts: list[int], seed: int, data: st.DataObject
 ):
     case = draw(counts, seed)
-    index = joined(data.draw(st.permutations(items_of(loss, case.target.shape[0]))))
+    index = joined(data.draw(st.permutations(items_of(loss, case))))
     out, grads = run_loss(case, loss)
     moved, moved_grads = run_loss(sequences(case, index), loss)
     same((moved, moved_grads), (out, {"hidden": grads["hidden"][index], "weight": grads["weight"]}))
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=loss_id)
+@pytest.mark.parametrize("loss", SELECTED, ids=loss_id)
 @given(counts=lengths, seed=seeds)
 def test_packed_is_padded(loss: fa.Loss, counts: list[int], seed: int):
     case = draw(counts, seed)
@@ -101,7 +115,7 @@ def test_packed_is_padded(loss: fa.Loss, counts: list[int], seed: int):
     hidden = case.hidden[case.mask].requires_grad_()
     weight = case.weight.clone().requires_grad_()
     batch = fa.Batch(case.target[case.mask], **columns, cu_seqlens=offsets)
-    out = fa.align_loss(hidden, weight, batch, loss)
+    out = fa.align_loss(hidden, weight, batch, fresh(loss))
     out.loss.backward()
     assert hidden.grad is not None and weight.grad is not None
     want, grads = run_loss(case, loss)
@@ -111,7 +125,7 @@ def test_packed_is_padded(loss: fa.Loss, counts: list[int], seed: int):
     )
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=loss_id)
+@pytest.mark.parametrize("loss", SELECTED, ids=loss_id)
 @given(counts=lengths, seed=seeds, padding=st.integers(1, 3))
 def test_more_padding_changes_nothing(loss: fa.Loss, counts: list[int], seed: int, padding: int):
     case = draw(counts, seed)
@@ -139,7 +153,7 @@ def test_infinite_humanline_bounds_are_off(loss: fa.Loss, counts: list[int], see
     assert all(torch.equal(grad, wide_grads[name]) for name, grad in off_grads.items())
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=loss_id)
+@pytest.mark.parametrize("loss", SELECTED, ids=loss_id)
 @given(counts=lengths, seed=seeds)
 def test_token_weights_of_one_are_none(loss: fa.Loss, counts: list[int], seed: int):
     case = draw(counts, seed)
@@ -147,12 +161,15 @@ def test_token_weights_of_one_are_none(loss: fa.Loss, counts: list[int], seed: i
     same(run_loss(case, loss, changes={"token_weight": ones}), run_loss(case, loss))
 
 
-#: losses whose items are plain sums over tokens, so that a weight of 0 is as good as a mask
-SUMS = [loss for loss in LOSSES if "mean_token_mean" not in getattr(loss, "aggregation", "")]
-SUMS = [loss for loss in SUMS if not getattr(loss, "normalize", False)]
+def plain_sums(loss: fa.Loss) -> bool:
+    """Whether its items are sums over tokens alone, so that a weight of 0 is as good as a mask."""
+    means = (fa.GSPO, fa.GMPO, fa.GRAO, fa.Sum, fa.SigmoidNorm, fa.SimPO, fa.CPO, fa.ORPO)
+    counts = getattr(loss, "normalize", False) or getattr(loss, "ld_alpha", 1) != 1
+    by_length = "mean_token_mean" in getattr(loss, "aggregation", "")
+    return not (isinstance(loss, means) or counts or by_length or loss.item == "batch")
 
 
-@pytest.mark.parametrize("loss", SUMS, ids=loss_id)
+@pytest.mark.parametrize("loss", list(filter(plain_sums, SELECTED)), ids=loss_id)
 @given(counts=lengths, seed=seeds, data=st.data())
 def test_a_weight_of_zero_is_a_mask(loss: fa.Loss, counts: list[int], seed: int, data: st.DataObject):
     """For the sums: counts stay those of live tokens, hence the given normalizer."""
@@ -184,7 +201,7 @@ def test_swapping_chosen_and_rejected_flips_the_margin(beta: float, counts: list
     assert share == pytest.approx(1 - ties / half)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=loss_id)
+@pytest.mark.parametrize("loss", SELECTED, ids=loss_id)
 @given(counts=lengths, seed=seeds)
 def test_the_plan_does_not_matter(loss: fa.Loss, counts: list[int], seed: int):
     case = draw(counts, seed)

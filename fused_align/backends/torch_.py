@@ -126,12 +126,12 @@ def exponents(
     spare: Tensor | None,
 ) -> None:
     """tile <- z log2(e) - ref for one tile of the vocabulary."""
-    if square is None and isinstance(gain, float) and x.dtype == weight.dtype == tile.dtype:
+    plain = square is None and bias is None and x.dtype == weight.dtype == tile.dtype
+    if plain and isinstance(gain, float):
         tile.copy_(ref.neg()[:, None].expand_as(tile))
         gemm(tile, x, weight.t(), alpha=gain, beta=1.0)
-        if bias is not None:
-            tile.add_(bias.to(tile.dtype), alpha=gain)
         return
+    # a bias is added before the reference: near 58 it would be rounded the same way for all rows of a column
     alpha = 1.0 if square is None else inner
     gemm(tile, x, weight.t(), alpha=alpha, split=split, spare=spare)
     if bias is not None:

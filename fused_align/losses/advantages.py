@@ -164,7 +164,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:  # an
     lowest = _over_ranks(F.pad(live.flatten(), (0, 1), value=torch.inf).amin(), "MIN")  # of none: inf
     raised = torch.where(mask, live - lowest, 0.0)  # as in _centred
     count, total = _over_ranks(torch.stack([mask.sum().double(), raised.sum()]))
-    mean = total / count.clamp(min=1)
+    mean = total / count  # NaN without live tokens, and nowhere to be seen
     centred = torch.where(mask, raised - mean, 0.0)
     var = _over_ranks(centred.square().sum()) / (count - 1).clamp(min=1)
     shift = 0.0 if shift_mean else lowest + mean
@@ -229,7 +229,7 @@ def _centred(values: Tensor, group: Tensor, unbiased: bool) -> tuple[Tensor, Ten
     lowest = lowest.scatter_reduce_(0, group, torch.where(known, values, torch.inf), "amin")[group]
     raised = torch.where(known, values - lowest, 0.0)  # equal values are 0 here, and so is their mean
     size = total(known.double())
-    centred = torch.where(known, raised - total(raised) / size.clamp(min=1), 0.0)
+    centred = torch.where(known, raised - total(raised) / size, 0.0)
     return centred, (total(centred.square()) / (size - int(unbiased)).clamp(min=1)).sqrt(), size
 
 

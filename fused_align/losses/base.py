@@ -117,6 +117,11 @@ class Loss:
         """Whether batch.ref_logp is read."""
         return self.anchor == "ref"
 
+    @property
+    def needs_kl(self) -> bool:
+        """Whether batch.kl is read, the reference point of `kto_kl`."""
+        return False
+
     def items(self, logp: Tensor, log_ratio: Tensor, batch: Batch) -> Tensor:
         """logp [n], log_ratio [n] (clipped, if Humanline is on), a live batch -> items [n] | [S] | [P]."""
         raise NotImplementedError(f"{self.name} must define items(logp, log_ratio, batch).")

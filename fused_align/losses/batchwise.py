@@ -129,7 +129,7 @@ class BetaDPO(PairLoss):
         complete = (pending[2] > 0) & (pending[2] >= count)
         mean, deviation = _moments(pending)
         m0, sigma, known = state.total
-        ema = torch.where(known > 0, self.ema, 0.0)
+        ema = self.ema * (known > 0)
         moved = torch.stack([ema * m0 + (1 - ema) * mean, ema * sigma + (1 - ema) * deviation, known * 0 + 1])
         state.total = torch.where(complete, moved, state.total)
         state.pending = torch.where(complete, 0.0, pending)

@@ -215,6 +215,11 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float)
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
+def either(condition: Tensor, this: float, other: float, like: Tensor) -> Tensor:
+    """One number or the other, in the dtype of `like`: torch.where of two numbers would round to float32."""
+    return torch.where(condition, like.new_tensor(this), like.new_tensor(other))
+
+
 def gated(logp: Tensor, log_ratio: Tensor) -> Tensor:
     """logp, with a gradient only where the log-ratio has one: none for tokens that Humanline clips."""
     return logp.detach() + (log_ratio - log_ratio.detach())
@@ -460,7 +465,7 @@ class SAPO(PolicyLoss):
         self._check("t_neg", self.t_neg > 0, "positive")
 
     def surrogate(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
-        temper = torch.where(advantage > 0, self.t_pos, self.t_neg).to(logp.dtype)
+        temper = either(advantage > 0, self.t_pos, self.t_neg, logp)
         return -4 / temper * torch.sigmoid(temper * (self.ratio(log_ratio, batch) - 1)) * advantage
 
 
@@ -501,8 +506,8 @@ class VESPO(PolicyLoss):
                 correction = batch.spread(batch.sum(correction))
             log_w = log_w + correction
         log_w = log_w.clamp(SMALLEST, 20)
-        k = torch.where(advantage >= 0, self.k_pos, self.k_neg).to(logp.dtype)
-        lam = torch.where(advantage >= 0, self.lam_pos, self.lam_neg).to(logp.dtype)
+        k = either(advantage >= 0, self.k_pos, self.k_neg, logp)
+        lam = either(advantage >= 0, self.lam_pos, self.lam_neg, logp)
         return (lam + k * log_w - lam * log_w.exp()).exp()
 
 

@@ -70,6 +70,10 @@ class Sum(Loss, base=True):
     def needs_ref(self) -> bool:
         return any(loss.needs_ref for _, loss in self.losses)
 
+    @property
+    def needs_kl(self) -> bool:
+        return any(loss.needs_kl for _, loss in self.losses)
+
     def sparse(self, humanline: RatioClip | None) -> bool:
         return all(loss.sparse(humanline) for _, loss in self.losses)
 

@@ -74,6 +74,10 @@ class KTO(UnpairedLoss):
 
     paper = "2402.01306"
 
+    @property
+    def needs_kl(self) -> bool:
+        return True
+
     def judged(self, reward: Tensor, desirable: Tensor, batch: Batch) -> Tensor:
         z0 = batch.need("kl", "KTO (its reference point z0, see fused_align.kto_kl)").to(reward.dtype)
         distance = reward - self.beta * z0

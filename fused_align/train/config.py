@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -15,6 +17,7 @@ from fused_align.backends import pick
 from fused_align.linear.logp import check_precision
 from fused_align.linear.plan import check_plan
 
+_TERM = re.compile(r"\s*(?:(?P<weight>[0-9.]+(?:e-?[0-9]+)?)\s*\*\s*)?(?P<name>\w+)\s*")  # of a sum of losses
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -28,16 +31,23 @@ class AlignConfig(TrainingArguments):
     """
 
     loss: str = field(
-        default="dpo", metadata={"help": "A name of fa.Loss.registry: sft, dpo, ipo, kto, grpo, ppo."}
+        default="dpo",
+        metadata={
+            "help": "A name of fa.Loss.registry (dpo, kto, grpo, ...), or a weighted sum: dpo + 0.5*sft."
+        },
     )
     loss_args: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Fields of the loss, e.g. {beta: 0.1}. None takes its defaults."}
+        default=None,
+        metadata={
+            "help": "Fields of the loss, e.g. {beta: 0.1}; of a sum by name, e.g. {sft: {chosen: true}}. "
+            "None takes its defaults."
+        },
     )
     humanline: Any = field(
         default=None,
         metadata={
-            "help": "Humanline clip of the token log-ratio: null (off), true (-1.5, 1.5), or [low, high] "
-            "in nats."
+            "help": "Humanline clip of the token log-ratio: null (off), true (-1.5, 1.5), [low, high] in "
+            "nats, or sampling (its stochastic original)."
         },
     )
     sync_every: int = field(
@@ -55,6 +65,12 @@ class AlignConfig(TrainingArguments):
     scale_rewards: str = field(
         default="group",
         metadata={"help": 'grpo, ppo: divide advantages by the std of their "group", or "none".'},
+    )
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "grpo, ppo: where completions have several rewards each, the weight of each. null = 1."
+        },
     )
     backend: str = field(default="auto", metadata={"help": "Of fa.align_loss."})
     plan: str = field(default="auto", metadata={"help": "Of fa.align_loss."})
@@ -91,6 +107,7 @@ class AlignConfig(TrainingArguments):
             raise ValueError(
                 f'AlignConfig: scale_rewards must be "group" or "none"; got {self.scale_rewards!r}.'
             )
+        self._check_reward_weights()
         self._check_call_options()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns about it
@@ -100,6 +117,21 @@ class AlignConfig(TrainingArguments):
                 f"AlignConfig: humanline clips a log-ratio against a reference, and {self.loss} has none. "
                 "Drop humanline or choose another loss."
             )
+
+    def _check_reward_weights(self) -> None:
+        weights = self.reward_weights
+        if weights is None:
+            return
+        if not isinstance(weights, (list, tuple)) or not weights:
+            raise ValueError(
+                "AlignConfig: reward_weights must be null or a list with a number for each reward, such as "
+                f"[1.0, 0.5]; got {weights!r}."
+            )
+        self.reward_weights = [
+            typed("AlignConfig: a weight of reward_weights", weight, float) for weight in weights
+        ]
+        if not all(math.isfinite(weight) for weight in self.reward_weights):
+            raise ValueError(f"AlignConfig: reward_weights must be finite; got {self.reward_weights}.")
 
     def _check_call_options(self) -> None:
         """Before a model is loaded, and not in the first step."""
@@ -123,39 +155,41 @@ class AlignConfig(TrainingArguments):
         Raises:
             ValueError: an unknown name or field, or a value that is not of the field's type.
         """
-        known = fa.Loss.registry
-        if self.loss not in known:
+        terms = [_TERM.fullmatch(term) for term in self.loss.split("+")]
+        if len(terms) == 1 and terms[0] is not None and terms[0]["weight"] is None:
+            return _make_loss(self.loss.strip(), self.loss_args or {})
+        if not all(terms):
             raise ValueError(
-                f"AlignConfig: loss must be one of {sorted(known)}; got {self.loss!r}{near(self.loss, known)}"
+                "AlignConfig: loss must be a name, or a sum of names with weights such as dpo + 0.5*sft; got "
+                f"{self.loss!r}."
             )
-        cls, given = known[self.loss], self.loss_args or {}
-        if not isinstance(given, dict):
+        given: Any = self.loss_args or {}
+        names = [term["name"] for term in terms if term is not None]
+        if not isinstance(given, dict) or not set(given) <= {*names}:
             raise ValueError(
-                f"AlignConfig: loss_args must map fields of {cls.__name__} to values; got {given!r}."
+                f"AlignConfig: loss_args of the sum {self.loss!r} must map {names} to their fields; got "
+                f"{given!r}."
             )
-        fields, hints = {f.name for f in dataclasses.fields(cls) if f.init}, get_type_hints(cls)
-        for name in given:
-            if name not in fields:
-                raise ValueError(
-                    f"AlignConfig: {cls.__name__} has no field {name!r}; it has "
-                    f"{sorted(fields)}{near(name, fields)}"
-                )
-        return cls(
-            **{name: typed(f"AlignConfig: loss_args.{name}", x, hints[name]) for name, x in given.items()}
-        )
+        weights = [float(term["weight"] or 1) for term in terms if term is not None]
+        losses = [_make_loss(name, given.get(name, {})) for name in names]
+        return fa.Sum(list(zip(weights, losses, strict=True)))
 
-    def make_humanline(self) -> fa.Humanline | None:
-        """None where the clip is off. Raises ValueError for anything but null, true, false or [low, high]."""
+    def make_humanline(self) -> fa.Humanline | fa.HumanlineSampling | None:
+        """None where the clip is off. Raises ValueError for anything but what `humanline` can be."""
         value = self.humanline
         if value is None or value is False:
             return None
         if value is True:
             return fa.Humanline()
+        if value == "sampling":
+            return fa.HumanlineSampling()  # draws from torch's own generator, which checkpoints hold
         if isinstance(value, (list, tuple)) and len(value) == 2:
             return fa.Humanline(
                 *(typed("AlignConfig: a bound of humanline", bound, float) for bound in value)
             )
-        raise ValueError(f"AlignConfig: humanline must be null, true, or [low, high] in nats; got {value!r}.")
+        raise ValueError(
+            f"AlignConfig: humanline must be null, true, [low, high] in nats, or sampling; got {value!r}."
+        )
 
     def make_schedule(self) -> fa.SyncSchedule | None:
         """When the reference takes the policy's weights; None: never."""
@@ -235,6 +269,26 @@ class DataConfig:
         default=False,
         metadata={"help": "Wrap plain prompts and completions as a user's and an assistant's message."},
     )
+
+
+def _make_loss(name: str, given: Any) -> fa.Loss:
+    """The loss of that name with these fields. Raises ValueError."""
+    known = fa.Loss.registry
+    if name not in known:
+        raise ValueError(f"AlignConfig: loss must be one of {sorted(known)}; got {name!r}{near(name, known)}")
+    cls = known[name]
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"AlignConfig: loss_args must map fields of {cls.__name__} to values; got {given!r}."
+        )
+    fields, hints = {f.name for f in dataclasses.fields(cls) if f.init}, get_type_hints(cls)
+    for name in given:
+        if name not in fields:
+            raise ValueError(
+                f"AlignConfig: {cls.__name__} has no field {name!r}; it has "
+                f"{sorted(fields)}{near(name, fields)}"
+            )
+    return cls(**{name: typed(f"AlignConfig: loss_args.{name}", x, hints[name]) for name, x in given.items()})
 
 
 EXPECTED = {

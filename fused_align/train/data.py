@@ -2,18 +2,20 @@
 
 | kind     | losses                 | columns                                                             |
 |----------|------------------------|---------------------------------------------------------------------|
-| pair     | on pairs (DPO, IPO)    | prompt, chosen, rejected; optional margin                           |
+| pair     | on pairs (DPO, CPO)    | prompt, chosen, rejected; optional margin                           |
 | unpaired | KTO                    | prompt, completion, label (bool)                                    |
-| group    | PPO, GRPO              | prompt, completions (list), rewards (list)                          |
+| judged   | BCO, APOZeroUnpaired   | the same                                                            |
+| group    | PPO, GRPO, GRAO        | prompt, completions (list), rewards (list); optional reference      |
 | text     | SFT                    | prompt, completion; or messages (the last one is learnt); or text   |
 
 prompt and completion are strings, or lists of {"role", "content"} messages that go through the tokenizer's
-chat template. A pair without a prompt has what chosen and rejected begin with in common as its prompt.
+chat template. A pair without a prompt has what chosen and rejected begin with in common as its prompt. A
+completion's reward is a number, or a list of them that reward_weights sums up; null there: it does not apply.
 
 Each row becomes an *example*: some token sequences ("input_ids", a list of lists), each with the number of
 tokens that are its prompt ("prompt_lengths"). A pair has two sequences, chosen and rejected; a judged
-completion has two, its own and the same prompt with the next prompt's completion (for KTO's z0); a group has
-one per completion.
+completion has two for KTO, its own and the same prompt with the next prompt's completion (for z0); a group
+has one per completion, and `reference` (a list of booleans) says which are reference answers, for GRAO.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from torch import Tensor
 
 from fused_align import Batch, Loss
 from fused_align.batch import IGNORE_INDEX
+from fused_align.losses.advantages import combine_rewards, group_advantages
+from fused_align.losses.policy import GRAO, PolicyLoss
 
 from .config import DataConfig
 
@@ -39,6 +43,7 @@ logger = logging.getLogger(__name__)
 COLUMNS = {
     "pair": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
     "unpaired": (("prompt", "completion", "label"),),
+    "judged": (("prompt", "completion", "label"),),
     "group": (("prompt", "completions", "rewards"),),
     "text": (("prompt", "completion"), ("messages",), ("text",)),
 }
@@ -51,6 +56,7 @@ FEATURES: dict[str, dict[str, Any]] = {  # of the examples
     },
     "pair": {},
     "unpaired": {"label": datasets.Value("bool")},
+    "judged": {"label": datasets.Value("bool")},
     "group": {"advantages": datasets.List(datasets.Value("float64"))},
     "text": {},
 }
@@ -59,10 +65,15 @@ Row = tuple[list[int], int]  # the tokens of a sequence, and how many of them ar
 
 
 def kind_of(loss: Loss) -> str:
-    """Which kind of rows the loss is trained on."""
-    if loss.item == "pair":
+    """Which kind of rows the loss is trained on: the first of these that a part of it needs."""
+    parts = [part for _, part in loss.parts]
+    if any(part.per == "pair" or part.item == "pair" for part in parts):
         return "pair"
-    return {"old": "group", "ref": "unpaired", None: "text"}[loss.anchor]
+    if any(isinstance(part, (PolicyLoss, GRAO)) or part.anchor == "old" for part in parts):
+        return "group"
+    if loss.needs_kl:
+        return "unpaired"
+    return "judged" if loss.anchors else "text"
 
 
 # ---- reading ---------------------------------------------------------------------------------------------
@@ -124,6 +135,7 @@ def prepare(
     *,
     max_length: int | None = None,
     scale_rewards: str = "group",
+    reward_weights: Sequence[float] | None = None,
 ) -> datasets.Dataset:
     """Rows as examples: columns input_ids, prompt_lengths, index, length, and margin | label | advantages.
 
@@ -135,19 +147,22 @@ def prepare(
 
     Raises:
         ValueError: the data set lacks the columns of `kind`, has no usable row, or a row with a null text, a
-            label that is not 0 or 1, or a reward that is not a finite number (the row is named).
+            label that is not 0 or 1, or rewards that are not finite numbers or not as many as their weights
+            (the row is named).
     """
     columns = _columns(dataset, kind)
     if kind == "unpaired":
         dataset = _with_mismatched(dataset)
     encode = partial(_encode_row, kind=kind, columns=columns, tokenizer=tokenizer, max_length=max_length)
-    encode = partial(encode, scale_rewards=scale_rewards)
+    encode = partial(encode, scale_rewards=scale_rewards, reward_weights=reward_weights)
     features = dict(FEATURES["every"] | FEATURES[kind])
     if kind == "pair" and "margin" in dataset.column_names:
         if all(_finite(margin) for margin in dataset["margin"]):
             features["margin"] = datasets.Value("float64")
         else:  # of all rows: or some batches would have margins and others not
             logger.warning("The column margin is left out: not every row has a finite number there.")
+    if kind == "group" and "reference" in dataset.column_names:
+        features["reference"] = datasets.List(datasets.Value("bool"))
     dropped = [column for column in dataset.column_names if column not in features]
     # the types are given: inferred ones would depend on which rows come first
     examples = dataset.map(
@@ -208,8 +223,11 @@ def _encode_row(
     tokenizer: Any,
     max_length: int | None,
     scale_rewards: str,
+    reward_weights: Sequence[float] | None,
 ) -> dict[str, Any]:
     _check_row(row, number, columns)
+    if "rewards" in columns:
+        _check_rewards(row, number, reward_weights)
     prompt, completions = _prompt_and_completions(row, kind, columns)
     rows: list[Row] = []
     if all(completion != [] for completion in completions):  # chats may have no message of their own
@@ -223,10 +241,12 @@ def _encode_row(
         "prompt_lengths": [length for _, length in rows],
         "length": max((len(tokens) for tokens, _ in rows), default=0),
     }
-    if kind == "unpaired":
+    if kind in ("unpaired", "judged"):
         example["label"] = bool(row["label"])
     if kind == "group":
-        example["advantages"] = advantages(row["rewards"], scale_rewards)
+        example["advantages"] = advantages(row["rewards"] or [], scale_rewards, reward_weights)
+        if "reference" in row:
+            example["reference"] = row["reference"]
     return example
 
 
@@ -241,19 +261,32 @@ def _check_row(row: dict[str, Any], number: int, columns: tuple[str, ...]) -> No
             f"Row {number}: label must be true or false (or 1, 0), whether the completion is desirable; got "
             f"{row['label']!r}."
         )
-    if "rewards" not in columns:
-        return
+
+
+def _check_rewards(row: dict[str, Any], number: int, weights: Sequence[float] | None) -> None:
     completions, rewards = row["completions"], row["rewards"] or []
     if len(rewards) != len(completions):
         raise ValueError(
             f"Row {number}: a group needs one reward per completion; got {len(completions)} completions and "
             f"{len(rewards)} rewards."
         )
-    if not all(map(_finite, rewards)):
-        raise ValueError(
-            f"Row {number}: rewards must be finite numbers, or the advantages of the whole group are lost; "
-            f"got {rewards}."
-        )
+    for reward in map(_several, rewards):
+        known = [part for part in reward if part is not None]
+        if not known or not all(map(_finite, known)):
+            raise ValueError(
+                f"Row {number}: rewards must be finite numbers, or the advantages of the whole group are "
+                f"lost (of several, some may be null); got {rewards}."
+            )
+        expected = len(_several(rewards[0])) if weights is None else len(weights)
+        if len(reward) != expected:
+            raise ValueError(
+                f"Row {number}: every completion needs {expected} rewards, as many as reward_weights or as "
+                f"the row's first completion has; got {reward}."
+            )
+
+
+def _several(reward: Any) -> list[Any]:
+    return reward if isinstance(reward, list) else [reward]
 
 
 def _finite(value: Any) -> bool:
@@ -273,6 +306,8 @@ def _prompt_and_completions(
         return chosen[:shared], [chosen[shared:], rejected[shared:]]
     if kind == "unpaired":
         return row["prompt"], [row["completion"], row["mismatched"]]
+    if kind == "judged":
+        return row["prompt"], [row["completion"]]
     if kind == "group":
         return row["prompt"], list(row["completions"])
     if "messages" in columns:
@@ -335,13 +370,15 @@ def live_count(row: Row) -> int:
     return max(len(tokens) - max(prompt_length, 1), 0)
 
 
-def advantages(rewards: Sequence[float], scale: str = "group") -> list[float]:
-    """(R - mean) / (std + 1e-4) in a group, std unbiased; scale="none": R - mean. No spread: exact zeros."""
-    values = torch.tensor(list(rewards), dtype=torch.float64)
-    if values.numel() == 0 or values.min() == values.max():
-        return [0.0] * values.numel()
-    centred = values - values.mean()
-    return (centred / (values.std() + 1e-4) if scale == "group" else centred).tolist()
+def advantages(
+    rewards: Sequence[Any], scale: str = "group", weights: Sequence[float] | None = None
+) -> list[float]:
+    """`group_advantages` of one group; several rewards per completion are summed with the weights first."""
+    if not rewards:
+        return []
+    table = [[math.nan if part is None else part for part in _several(reward)] for reward in rewards]
+    combined = combine_rewards(torch.tensor(table, dtype=torch.float64), weights)
+    return group_advantages(combined, scale=scale).tolist()
 
 
 def fingerprint(dataset: datasets.Dataset) -> str:
@@ -375,7 +412,7 @@ def layout(kind: str, sizes: Sequence[int]) -> list[tuple[int, int]]:
     """
     if kind == "pair":
         return [(e, 0) for e in range(len(sizes))] + [(e, 1) for e in range(len(sizes))]
-    if kind == "unpaired":
+    if kind in ("unpaired", "judged"):
         return [(e, 0) for e in range(len(sizes))]
     return [(e, j) for e, size in enumerate(sizes) for j in range(size)]
 
@@ -383,10 +420,17 @@ def layout(kind: str, sizes: Sequence[int]) -> list[tuple[int, int]]:
 def judgements(kind: str, examples: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
     """What the examples say about their sequences, as fields of fa.Batch in the order of `layout`."""
     examples = list(examples)
-    if kind == "unpaired":
+    if kind in ("unpaired", "judged"):
         return {"desirable": torch.tensor([bool(example["label"]) for example in examples])}
     if kind == "group":
-        return {"advantage": torch.tensor([a for example in examples for a in example["advantages"]])}
+        sizes = torch.tensor([len(example["advantages"]) for example in examples])
+        found = {
+            "advantage": torch.tensor([a for example in examples for a in example["advantages"]]),
+            "group": torch.arange(len(examples)).repeat_interleave(sizes),
+        }
+        if all("reference" in example for example in examples):
+            found["reference"] = torch.tensor([r for example in examples for r in example["reference"]])
+        return found
     if kind == "pair" and all("margin" in example for example in examples):
         return {"margin": torch.tensor([float(example["margin"]) for example in examples])}
     return {}
@@ -395,14 +439,14 @@ def judgements(kind: str, examples: Iterable[Mapping[str, Any]]) -> dict[str, Te
 class Collator:
     """Examples as one batch: input_ids, attention_mask, labels [S, T], the fields of `judgements`, and
 
-    count: {"tokens" | "sequences" | "pairs": int}, what a loss may be normalised by; on the host, so that
-        nobody waits for the device;
+    count: {unit: int}, what the loss is normalised by (`Loss.counts`); on the host, so that nobody waits for
+        the device;
     initial_logp [S, T] float32: the stored log-probs under the initial model, where `scores` is set;
     mismatched: for KTO, the same (without count) of the mismatched sequences.
     """
 
-    def __init__(self, kind: str, pad_id: int) -> None:
-        self.kind, self.pad_id = kind, pad_id
+    def __init__(self, kind: str, pad_id: int, counts: Callable[[Batch], Mapping[str, Any]]) -> None:
+        self.kind, self.pad_id, self.counts = kind, pad_id, counts
         self.scores: Callable[[int], list[Tensor]] | None = (
             None  # example index -> log-probs of its sequences
         )
@@ -410,11 +454,11 @@ class Collator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         order = layout(self.kind, [len(example["prompt_lengths"]) for example in examples])
         batch: dict[str, Any] = self._rows(examples, order)
-        batch |= judgements(self.kind, examples)
+        batch |= (fields := judgements(self.kind, examples))
         if self.kind == "unpaired":
             batch["mismatched"] = self._rows(examples, [(e, 1) for e in range(len(examples))])
-        live = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        batch["count"] = {"tokens": live, "sequences": len(order), "pairs": len(order) // 2}
+        whole = Batch.from_labels(batch["labels"], **fields)
+        batch["count"] = {unit: int(count) for unit, count in self.counts(whole.live()).items()}
         return batch
 
     def _rows(self, examples: Sequence[Mapping[str, Any]], order: list[tuple[int, int]]) -> dict[str, Tensor]:

@@ -35,7 +35,8 @@ from .reference import MODEL_INPUTS, ScoreTable, SyncedReference, score, score_e
 
 TABLES = "initial_logp"  # the folder, in output_dir, of the initial model's log-probs
 RUN = "run_id.txt"  # in every checkpoint
-FIELDS = ("advantage", "desirable", "margin")  # of fa.Batch, as the collator names them
+LOSS = "loss_state.pt"  # in checkpoints of losses that keep averages
+FIELDS = ("advantage", "desirable", "margin", "group", "reference")  # of fa.Batch, as the collator names them
 
 
 class AlignTrainer(Trainer):
@@ -104,6 +105,7 @@ class AlignTrainer(Trainer):
                     processing_class,
                     max_length=args.max_length,
                     scale_rewards=args.scale_rewards,
+                    reward_weights=args.reward_weights,
                 )
 
         held_out: Any = eval_dataset
@@ -114,7 +116,7 @@ class AlignTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data.Collator(self.kind, self.pad_id),  # pyright: ignore[reportArgumentType]
+            data_collator=data.Collator(self.kind, self.pad_id, self.loss.counts),  # pyright: ignore[reportArgumentType]
             train_dataset=None if train_dataset is None else examples(train_dataset),
             eval_dataset=held_out,
             processing_class=processing_class,
@@ -141,23 +143,24 @@ class AlignTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, float | Tensor | None]:
-        """The micro-batches of a step, complete, and how many of loss.unit they and all ranks have."""
+    ) -> tuple[list, Any]:
+        """The micro-batches of a step, complete, and how many of each unit they and all ranks have."""
         self._optimizer_mode("train")  # here already: the policy is scored with the weights that are trained
         micro_batches: list[dict[str, Any]] = [
             self._prepare_inputs(inputs) for inputs in islice(epoch_iterator, num_batches)
         ]
         if not micro_batches:
             return [], None
-        count = sum(inputs["count"][self.loss.unit] for inputs in micro_batches)
-        normalizer: float | Tensor = max(count, 1)  # a step without a single item has a loss of 0, not 0/0
+        units = list(micro_batches[0]["count"])
+        counts = torch.tensor([[inputs["count"][unit] for unit in units] for inputs in micro_batches]).sum(0)
         if self.accelerator.num_processes > 1:
-            total: Any = self.accelerator.reduce(torch.tensor(float(count), device=device), "sum")
-            normalizer = total.clamp(min=1)
+            counts = cast(Tensor, self.accelerator.reduce(counts.double().to(device), "sum"))
+        # a step without a single item has a loss of 0, not 0/0
+        normalizer = dict(zip(units, counts.clamp(min=1).unbind(), strict=True))
         if self.reference is not None:
             for inputs in micro_batches:
                 inputs["synced_logp"] = self._score("synced", inputs)
-        if self.kind == "unpaired":
+        if self.loss.needs_kl:
             z0 = self._reference_point([inputs["mismatched"] for inputs in micro_batches])
             for inputs in micro_batches:
                 inputs["kl"] = z0
@@ -169,7 +172,7 @@ class AlignTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: float | Tensor | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """The micro-batch's part of the step's loss, times the processes: DDP and FSDP average over them."""
         fields = {name: inputs[name] for name in FIELDS if name in inputs} | self._anchors(inputs)
@@ -199,11 +202,10 @@ class AlignTrainer(Trainer):
     def _anchors(self, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
         """The log-probs that the loss is anchored at: of the synced reference if there is one."""
         initial, anchor = inputs.get("initial_logp"), inputs.get("synced_logp", inputs.get("initial_logp"))
-        if self.loss.anchor == "ref":
-            return {"ref_logp": anchor}
-        if self.loss.anchor == "old":  # a KL penalty is measured against the initial model
-            return {"old_logp": anchor, "ref_logp": initial}
-        return {}
+        found = {"old_logp": anchor} if "old" in self.loss.anchors else {}
+        if "ref" in self.loss.anchors:
+            return found | {"ref_logp": anchor}
+        return found | {"ref_logp": initial}  # a KL penalty is measured against the initial model
 
     def _reference_point(self, mismatched: list[dict[str, Tensor]]) -> Tensor:
         """KTO's z0 over the mismatched sequences of the whole step."""
@@ -296,8 +298,13 @@ class AlignTrainer(Trainer):
     def needs_initial_scores(self) -> bool:
         """Whether training itself reads the initial model's log-probs."""
         if self.reference is None:
-            return self.loss.anchor is not None
-        return self.loss.anchor == "old" and self.loss.needs_ref
+            return self.measured
+        return "ref" not in self.loss.anchors and self.loss.needs_ref
+
+    @property
+    def measured(self) -> bool:
+        """Whether the loss is measured against other log-probs than the policy's."""
+        return bool(self.loss.anchors) or self.loss.needs_ref
 
     # ---- checkpoints -------------------------------------------------------------------------------------
 
@@ -318,11 +325,16 @@ class AlignTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.reference is not None and self.args.should_save:
             self.reference.save(Path(output_dir) / "synced_reference.safetensors")
+        if self.loss.state_dict() and self.args.should_save:  # equal on all ranks
+            torch.save(self.loss.state_dict(), Path(output_dir) / LOSS)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.reference is not None and checkpoint is not None:
             self.reference.load(Path(checkpoint) / "synced_reference.safetensors")
+        if self.loss.state_dict() and checkpoint is not None:
+            state = torch.load(Path(checkpoint) / LOSS, map_location="cpu", weights_only=True)
+            self.loss.load_state_dict(state)
 
     # ---- what is reported --------------------------------------------------------------------------------
 
@@ -373,7 +385,7 @@ class AlignTrainer(Trainer):
             )
         self._place_for_evaluation()
         self._optimizer_mode("eval")  # as Trainer's own loop; training_step switches back
-        initial = self.initial_scores(name, dataset) if self.loss.anchor is not None else None
+        initial = self.initial_scores(name, dataset) if self.measured else None
         metrics = self._measure(dataset, self._score_all("policy", dataset, "Evaluating"), initial)
         prefixed = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         nothing: Any = None  # logits are never formed, so there are no predictions
@@ -394,21 +406,20 @@ class AlignTrainer(Trainer):
         """The unclipped loss and its metrics, of one packed batch with the live tokens of all examples."""
         order = data.layout(self.kind, policy.sizes)
 
-        def packed(table: ScoreTable) -> Tensor:
-            return torch.cat([table(e)[j] for e, j in order])
+        def packed(table: ScoreTable) -> Tensor:  # where ranks can reduce: nccl does on the device only
+            return torch.cat([table(e)[j] for e, j in order]).to(self.args.device)
 
         logp = packed(policy)
         lengths = torch.tensor([0, *(policy(e)[j].numel() for e, j in order)])
         fields: dict[str, Any] = data.judgements(self.kind, dataset.remove_columns("input_ids").to_list())
+        fields = {name: field.to(logp.device) for name, field in fields.items()}
         if initial is not None:
             fields |= self._anchors({"initial_logp": packed(initial)})
-        if self.kind == "unpaired" and initial is not None:
+        if self.loss.needs_kl and initial is not None:  # all ranks hold all rows
             rows = _padded([policy(e)[1] for e, _ in order], [initial(e)[1] for e, _ in order])
-            # kto_kl averages over the ranks, which nccl does on the device only; all of them hold all rows
-            fields["kl"] = fa.kto_kl(*(part.to(self.args.device) for part in rows)).cpu()
-        batch = fa.Batch(
-            torch.zeros(len(logp), dtype=torch.int64), cu_seqlens=lengths.cumsum(0), **fields
-        ).live()
+            fields["kl"] = fa.kto_kl(*(part.to(logp.device) for part in rows))
+        target, offsets = torch.zeros_like(logp, dtype=torch.int64), lengths.cumsum(0).to(logp.device)
+        batch = fa.Batch(target, cu_seqlens=offsets, **fields).live()
         objective, stats = Objective(self.loss.plain(), batch, None, None), {"logp": logp}
         loss = objective.total(stats, batch, objective.weights)
         return {"loss": loss.item()} | {
@@ -428,7 +439,7 @@ class Begin(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer.forget_metrics()
-        for name, dataset in trainer.held_out.items() if trainer.loss.anchor is not None else ():
+        for name, dataset in trainer.held_out.items() if trainer.measured else ():
             trainer.initial_scores(name, dataset)
         if trainer.needs_initial_scores:
             collator, dataset = (
