@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from cases import Case, generator, gradients, leaves_of, make_case, randn
@@ -160,6 +160,8 @@ class Model:
 
     training = True
     is_gradient_checkpointing = False
+
+    _modules: ClassVar[dict[str, Any]] = {}  # accelerate looks for compiled ones, where peft is installed
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:  # [R, T, H], [V, H]
         self.hidden, self.weight = hidden, weight
