@@ -12,6 +12,7 @@ import copy
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .rows import Rows
@@ -330,10 +331,7 @@ class Batch:
 
     def group_sum(self, x: Tensor) -> Tensor:  # [S] -> [S]
         """The sum over all sequences of its group, for every sequence."""
-        group = self.need("group", "A loss per group")
-        ordered, order = group.sort()
-        changes = torch.cat([ordered[:1] != ordered[:1], ordered.diff() != 0])
-        index = torch.empty_like(group).scatter_(0, order, changes.cumsum(0))
+        index = numbered(self.need("group", "A loss per group"))
         return torch.zeros_like(x).index_add_(0, index, x)[index]
 
     def token_mean(self, x: Tensor) -> Tensor:  # [n] -> []
@@ -376,6 +374,12 @@ class Batch:
         """[n]: the advantage of each token, whether it was given per token or per sequence."""
         advantage = self.need("advantage", who)
         return advantage if self.advantage_per_token else self.spread(advantage)
+
+
+def numbered(group: Tensor) -> Tensor:  # [S] int64 -> [S] int64
+    """Groups of any ids, numbered from 0. torch.unique does it too, and waits for the device."""
+    ordered, order = group.sort()
+    return torch.empty_like(group).scatter_(0, order, F.pad((ordered.diff() != 0).cumsum(0), (1, 0)))
 
 
 def _data(field: Tensor | None) -> Tensor | None:

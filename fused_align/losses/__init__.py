@@ -3,21 +3,8 @@
 from .advantages import combine_rewards, gae, group_advantages, value_loss, whiten
 from .base import Loss
 from .batchwise import AOT, BetaDPO
+from .clipped import GRPO, GSPO, LUSPO, PPO, RLOO, HybridPolicy
 from .likelihood import SFT
-from .policy import (
-    CISPO,
-    GMPO,
-    GRAO,
-    GRPO,
-    GSPO,
-    LUSPO,
-    PPO,
-    REINFORCE,
-    RLOO,
-    SAPO,
-    VESPO,
-    HybridPolicy,
-)
 from .preference import (
     CPO,
     DPO,
@@ -38,6 +25,7 @@ from .preference import (
 )
 from .sums import Sum
 from .unpaired import BCO, KTO, APOZeroUnpaired, kto_kl
+from .weighted import CISPO, GMPO, GRAO, REINFORCE, SAPO, VESPO
 
 __all__ = [
     "AOT", "BCO", "CISPO", "CPO", "DPO", "DPOP", "EXO", "GMPO", "GRAO", "GRPO", "GSPO", "IPO", "KTO", "LUSPO",

@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..batch import numbered
+from .state import all_reduced
 
 
 @torch.no_grad()
@@ -63,7 +65,7 @@ def group_advantages(
             f"{reward.dtype} {list(reward.shape)} and {group.dtype} {list(group.shape)}. Several rewards of "
             "a sequence go through combine_rewards first."
         )
-    advantage, std, size = _centred(reward.double(), _numbered(group), unbiased)
+    advantage, std, size = _centred(reward.double(), numbered(group), unbiased)
     if scale == "batch":
         _, std, _ = _centred(reward.double(), torch.zeros_like(group), unbiased)
     if baseline == "leave_one_out":  # R_i - mean of the others = n / (n - 1) (R_i - mean of all)
@@ -161,12 +163,12 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:  # an
     """
     _check("whiten", mask, x=x)
     live = torch.where(mask, x, torch.inf).double()
-    lowest = _over_ranks(F.pad(live.flatten(), (0, 1), value=torch.inf).amin(), "MIN")  # of none: inf
+    lowest = all_reduced(F.pad(live.flatten(), (0, 1), value=torch.inf).amin(), "MIN")  # of none: inf
     raised = torch.where(mask, live - lowest, 0.0)  # as in _centred
-    count, total = _over_ranks(torch.stack([mask.sum().double(), raised.sum()]))
+    count, total = all_reduced(torch.stack([mask.sum().double(), raised.sum()]))
     mean = total / count  # NaN without live tokens, and nowhere to be seen
     centred = torch.where(mask, raised - mean, 0.0)
-    var = _over_ranks(centred.square().sum()) / (count - 1).clamp(min=1)
+    var = all_reduced(centred.square().sum()) / (count - 1).clamp(min=1)
     shift = 0.0 if shift_mean else lowest + mean
     return torch.where(mask, centred / (var + 1e-8).sqrt() + shift, 0.0).to(x.dtype)
 
@@ -209,12 +211,6 @@ def value_loss(
     return (0.5 * squares.sum(dtype=torch.float64) / count).to(dtype)
 
 
-def _numbered(group: Tensor) -> Tensor:  # [S] int64 -> [S] int64
-    """The groups, numbered from 0. torch.unique does it too, and waits for the device."""
-    ordered, order = group.sort()
-    return torch.empty_like(group).scatter_(0, order, F.pad((ordered.diff() != 0).cumsum(0), (1, 0)))
-
-
 def _centred(values: Tensor, group: Tensor, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Of each value the distance from its group's mean, and its group's std and size; all [S] float64.
 
@@ -231,13 +227,6 @@ def _centred(values: Tensor, group: Tensor, unbiased: bool) -> tuple[Tensor, Ten
     size = total(known.double())
     centred = torch.where(known, raised - total(raised) / size, 0.0)
     return centred, (total(centred.square()) / (size - int(unbiased)).clamp(min=1)).sqrt(), size
-
-
-def _over_ranks(x: Tensor, how: str = "SUM") -> Tensor:
-    """x, reduced over the ranks where torch.distributed is initialised."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(x, getattr(dist.ReduceOp, how))
-    return x
 
 
 def _check(what: str, mask: Tensor, **given: Tensor | None) -> None:

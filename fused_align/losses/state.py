@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def all_reduced(x: Tensor) -> Tensor:
-    """x, summed over the ranks where torch.distributed is initialised."""
+def all_reduced(x: Tensor, how: str = "SUM") -> Tensor:
+    """x, reduced over the ranks where torch.distributed is initialised."""
     if dist.is_available() and dist.is_initialized():
         x = x.clone()
-        dist.all_reduce(x)
+        dist.all_reduce(x, getattr(dist.ReduceOp, how))
     return x
 
 

@@ -31,10 +31,10 @@ import datasets
 import torch
 from torch import Tensor
 
-from fused_align import Batch, Loss
+from fused_align import GRAO, Batch, Loss
 from fused_align.batch import IGNORE_INDEX
 from fused_align.losses.advantages import combine_rewards, group_advantages
-from fused_align.losses.policy import GRAO, PolicyLoss
+from fused_align.losses.policy import PolicyLoss
 
 from .config import DataConfig
 
