@@ -219,10 +219,22 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--name", help="NAME; default: that of the rows")
     one.set_defaults(do=markdown)
+    one = commands.add_parser("losses", help="the README's table of losses, from the registry")
+    one.add_argument("--write", metavar="FILE", help="put it between the markers <!-- bench:losses -->")
+    one.set_defaults(do=losses)
     one = commands.add_parser("peak")  # what `run` starts for the memory of one call
     one.add_argument("given")
     one.set_defaults(do=peak)
     return top
+
+
+def losses(args: argparse.Namespace, console: Console) -> int:
+    text = report.losses()
+    if args.write:
+        report.write_between(Path(args.write), "losses", text)
+    else:
+        print(text)
+    return 0
 
 
 def _filters(command: argparse.ArgumentParser) -> None:

@@ -24,12 +24,12 @@ SHAPES = {  # hidden size, vocabulary of the head
     "Llama-3-8B": (4096, 128256),
     "Gemma-3-1B": (1152, 262144),
 }
-LOSSES = ("sft", "dpo", "ipo", "kto", "grpo")
+LOSSES = ("sft", "dpo", "ipo", "kto", "grpo", "gspo")
 PER_TOKEN = ("score", "frozen", "trainable")
 MODES = (*PER_TOKEN, *LOSSES, *(f"{loss}-frozen" for loss in LOSSES))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEAD_BY = ("sequences", "humanline")
-ANCHORED = ("dpo", "ipo", "kto", "grpo")  # losses of a log-ratio, which Humanline can clip
+ANCHORED = ("dpo", "ipo", "kto", "grpo", "gspo")  # losses of a log-ratio, which Humanline can clip
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Case:
     def can_be_dead(self) -> bool:
         if self.dead_by == "humanline":
             return self.loss in ANCHORED
-        return self.loss == "grpo" or self.mode in ("frozen", "trainable")
+        return self.loss in ("grpo", "gspo") or self.mode in ("frozen", "trainable")
 
     @property
     def loss(self) -> str | None:

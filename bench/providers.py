@@ -110,6 +110,7 @@ LOSSES = {
     "ipo": fa.IPO(tau=TAU),
     "kto": fa.KTO(beta=BETA),
     "grpo": fa.GRPO(eps_low=CLIP, eps_high=CLIP),
+    "gspo": fa.GSPO(eps_low=CLIP, eps_high=CLIP),
 }
 PLANS = ("auto", "score", "jacobian", "single", "window", "recompute")
 

@@ -51,7 +51,7 @@ class Truth:
 def loss_of(name: str, logp: Tensor, inputs: Inputs, humanline: bool) -> Tensor:
     """The scalar loss from log-probs [N] (any value where ignored), as trainers write it on top of them.
 
-    sft and grpo count tokens (grpo: their mean per sequence), dpo and ipo pairs, kto sequences.
+    sft and grpo count tokens (grpo: their mean per sequence), dpo and ipo pairs, kto and gspo sequences.
     """
     live = (inputs.target != IGNORE).view(-1, SEQUENCE)  # [S, T]
     logp = logp.view(-1, SEQUENCE)
@@ -61,12 +61,14 @@ def loss_of(name: str, logp: Tensor, inputs: Inputs, humanline: bool) -> Tensor:
 
     if name == "sft":
         return -per_sequence(logp).sum() / live.sum()
-    anchor = (inputs.old_logp if name == "grpo" else inputs.ref_logp).view(-1, SEQUENCE)
+    anchor = (inputs.old_logp if name in ("grpo", "gspo") else inputs.ref_logp).view(-1, SEQUENCE)
     ratio = logp - anchor.to(logp.dtype)
     if humanline:
         ratio = ratio.clamp(*HUMANLINE)
-    if name == "grpo":
+    if name in ("grpo", "gspo"):
         rho, advantage = ratio.exp(), inputs.advantage[:, None].to(logp.dtype)
+        if name == "gspo":
+            rho = (per_sequence(ratio) / live.sum(1)).exp()[:, None]
         items = -torch.min(rho * advantage, rho.clamp(1 - CLIP, 1 + CLIP) * advantage)
         return (per_sequence(items) / live.sum(1)).mean()
     summed = per_sequence(ratio)

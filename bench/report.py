@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+
+import fused_align as fa
+from fused_align.linear.ops import make_problem
+from fused_align.linear.passes import Head
+from fused_align.linear.plan import choose
+from fused_align.losses.policy import PolicyLoss
 
 from .cases import MODES, Case
 
@@ -134,6 +143,48 @@ def write_between(path: Path, name: str, text: str) -> None:
         raise ValueError(f"{path} must have the line {begin} and after it {end}, once each.")
     head, tail = old[: old.index(begin) + len(begin)], old[old.index(end) :]
     path.write_text(f"{head}\n{text}\n{tail}")
+
+
+# ---- the registry ----------------------------------------------------------------------------------------
+
+
+def losses() -> str:
+    """Every loss of the package as a table: what it couples, and the plan and passes that follow from it.
+
+    Plans are the planner's for 2048 tokens of SmolLM2's head in float32 on a CPU, in sequences of 64.
+    """
+    from fused_align.train.data import kind_of  # needs the extra [train]
+
+    columns = ("loss", "", "paper", "couples", "anchor", "trainable head", "frozen", "Humanline", "rows")
+    lines = [_line(columns), _line(["---"] * len(columns))]
+    for cls in fa.Loss.registry.values():
+        loss = cls()
+        shared = PolicyLoss.__dataclass_fields__ if isinstance(loss, PolicyLoss) else {}
+        own = [f.name for f in fields(cls) if f.init and f.name not in shared] + ["..."] * bool(shared)
+        title = re.split(r"[:(\n]", cls.__doc__ or "")[0].strip()
+        paper = (
+            f"[{loss.paper}](https://arxiv.org/abs/{loss.paper})" if loss.paper[:1].isdigit() else loss.paper
+        )
+        plans = (plan_of(loss, grad_head=head) for head in (True, False))
+        humanline = "yes" if loss.anchors else "no"
+        cells = f"`{loss.name}({', '.join(own)})`", title, paper, loss.item, loss.anchor or "", *plans
+        lines.append(_line((*cells, humanline, kind_of(loss))))
+    return "\n".join(lines)
+
+
+def plan_of(loss: fa.Loss, *, grad_head: bool) -> str:
+    """The plan that "auto" takes, and its passes: "window 3 G"."""
+    tokens, size = 2048, 64
+    per = {"sequence": size, "pair": 2 * size}.get(loss.item)
+    head = Head(torch.empty(49152, 576, device="meta"), None)
+    problem = make_problem(
+        head, torch.empty(tokens, 576, device="meta"), tokens, stats=loss.reads, learnt=loss.learnt,
+        grad_hidden=True, grad_head=grad_head, coupling=loss.item,
+        sizes=(per,) * (tokens // per) if per else (),
+    )  # fmt: skip
+    problem = replace(problem, device=torch.device("cpu"))
+    chosen = choose(problem)
+    return f"{chosen.name} {sum(problem.passes(chosen.name, chosen.rows, chosen.apart)):g} G"
 
 
 # ---- comparison -----------------------------------------------------------------------------------------

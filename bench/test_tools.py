@@ -24,7 +24,7 @@ COMPILED = [replace(TINY, mode=mode) for mode in ("trainable", "dpo", "grpo")]  
 def variants() -> list[Case]:
     """Every mode, plain; and each kind of mask and zero coefficient where there is one."""
     found = [replace(TINY, mode=mode) for mode in MODES]
-    masked = ("score", "frozen", "trainable", "sft", "dpo", "ipo-frozen", "kto", "grpo")
+    masked = ("score", "frozen", "trainable", "sft", "dpo", "ipo-frozen", "kto", "grpo", "gspo")
     found += [replace(TINY, mode=mode, live=0.25, logits="peaked") for mode in masked]
     found += [replace(TINY, mode=mode, dead=0.5) for mode in ("frozen", "trainable", "grpo")]
     modes = ("dpo", "ipo-frozen", "kto", "grpo")

@@ -41,7 +41,7 @@ class _Clipped(PolicyLoss, base=True):
 
 @dataclass(frozen=True)
 class GRPO(_Clipped):
-    """Group-relative policy optimisation, and DAPO, BNPO and Dr. GRPO as presets:
+    """Group-relative policy optimisation (DAPO, BNPO and Dr. GRPO are presets of it):
 
         -min( min(rho, delta) A, clip(rho, 1-eps_low, 1+eps_high) A )
 

@@ -55,7 +55,7 @@ class UnpairedLoss(Loss, base=True):
 
 @dataclass(frozen=True)
 class KTO(UnpairedLoss):
-    """Kahneman-Tversky optimisation on single judged sequences, with reference point z0 = batch.kl:
+    """Kahneman-Tversky optimisation: single judged sequences against a reference point z0 = batch.kl,
 
         desirable    w_D (1 - s(beta (L - z0)))
         undesirable  w_U (1 - s(beta (z0 - L)))

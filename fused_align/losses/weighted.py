@@ -162,7 +162,7 @@ class VESPO(PolicyLoss):
 
 @dataclass(frozen=True)
 class REINFORCE(PolicyLoss):
-    """-A log pi(y): the plain policy gradient, of samples of the policy itself. There is no ratio.
+    """The plain policy gradient: -A log pi(y), of samples of the policy itself. There is no ratio.
 
     Summed over a sequence, as log pi of the whole of it. Source: R. J. Williams, "Simple statistical
     gradient-following algorithms for connectionist reinforcement learning", 1992.
