@@ -281,9 +281,9 @@ class Objective:
     @torch.no_grad()
     def observe(self, stats: Mapping[str, Tensor]) -> None:
         """Lets losses that keep averages take this batch into them."""
-        logp = stats["logp"].detach()
-        ratios = self._clipped(logp, self.batch)
-        for part in self.parts:
+        keeping = [part for part in self.parts if type(part.loss).observe is not Loss.observe]
+        ratios = self._clipped(stats["logp"].detach(), self.batch) if keeping else {}
+        for part in keeping:
             part.loss.observe(ratios[part.loss.anchor], self.batch, part.count)
 
     @torch.no_grad()

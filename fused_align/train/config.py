@@ -64,12 +64,12 @@ class AlignConfig(TrainingArguments):
     )
     scale_rewards: str = field(
         default="group",
-        metadata={"help": 'grpo, ppo: divide advantages by the std of their "group", or "none".'},
+        metadata={"help": "Policy losses: advantages are divided by the std of the group, or by none."},
     )
     reward_weights: list[float] | None = field(
         default=None,
         metadata={
-            "help": "grpo, ppo: where completions have several rewards each, the weight of each. null = 1."
+            "help": "Policy losses: where completions have several rewards each, the weight of each. null = 1."
         },
     )
     backend: str = field(default="auto", metadata={"help": "Of fa.align_loss."})

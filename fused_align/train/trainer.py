@@ -126,6 +126,9 @@ class AlignTrainer(Trainer):
         self.held_out = {"eval": held_out} if isinstance(held_out, Dataset) else {}
         if isinstance(held_out, dict):
             self.held_out = {f"eval_{name}": rows for name, rows in held_out.items()}
+        for rows in (self.train_dataset, *self.held_out.values()):
+            if isinstance(rows, Dataset):
+                self._rehearse(rows)
         self.reference = None if self.schedule is None else SyncedReference(self.model)
         self.tables: dict[str, ScoreTable] = {}  # log-probs under the initial model, by data set
         self.resumed_from: Path | None = None  # the folder of the tables that a resumed run reads
@@ -175,8 +178,7 @@ class AlignTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The micro-batch's part of the step's loss, times the processes: DDP and FSDP average over them."""
-        fields = {name: inputs[name] for name in FIELDS if name in inputs} | self._anchors(inputs)
-        batch = fa.Batch.from_labels(inputs["labels"], kl=inputs.get("kl"), **fields)
+        batch = self._batch(inputs, inputs.get("kl"), self._anchors(inputs))
         request = AlignRequest(
             batch, self.loss, humanline=self.humanline, normalizer=num_items_in_batch, kwargs=self.options
         )
@@ -188,6 +190,25 @@ class AlignTrainer(Trainer):
             self._metrics[name] = self._metrics.get(name, 0.0) + entry
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
+
+    def _batch(self, inputs: dict[str, Any], kl: Tensor | None, anchors: dict[str, Any]) -> fa.Batch:
+        fields = {name: inputs[name] for name in FIELDS if name in inputs}
+        return fa.Batch.from_labels(inputs["labels"], kl=kl, **fields, **anchors)
+
+    @torch.no_grad()
+    def _rehearse(self, dataset: Dataset) -> None:
+        """The loss on the first rows and made-up log-probs: what it needs and the rows lack shows here."""
+        inputs = self.data_collator([dataset[i] for i in range(min(2, len(dataset)))])  # pyright: ignore
+        made_up = torch.zeros(inputs["labels"].shape)
+        batch = self._batch(inputs, torch.zeros(()), {"ref_logp": made_up, "old_logp": made_up}).live()
+        stats = {name: torch.zeros(batch.rows.numel()) for name in ("logp", *self.loss.reads)}
+        try:
+            objective = Objective(self.loss, batch, self.humanline, None)
+            objective.total(stats, batch, objective.weights)
+        except ValueError as error:
+            raise ValueError(
+                f"AlignTrainer: {self.loss.name} cannot be trained on these rows. {error}"
+            ) from error
 
     def _optimizer_mode(self, mode: str) -> None:
         """Schedule-free optimizers keep two sets of weights: those that are trained, and their average."""
