@@ -49,8 +49,8 @@ class AOT(PairLoss):
         policy, reference = (batch.chosen(x) - batch.rejected(x) for x in sums)
         return self.pair(policy.sort().values, reference.sort().values, batch)
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
-        return smoothed(self.beta * (w - l), self.label_smoothing)
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
+        return smoothed(self.beta * (chosen - rejected), self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ class BetaDPO(PairLoss):
         own = _moments(all_reduced(_sums(margin)))
         return torch.where(known > 0, m0, own[0]), torch.where(known > 0, sigma, own[1])
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
-        margin = w - l
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
+        margin = chosen - rejected
         if not margin.numel():
             return margin
         known, kept = margin.detach(), self.kept(margin.detach())

@@ -39,9 +39,9 @@ class PairLoss(Loss, base=True):
         """What is compared of each sequence: L."""
         return batch.sum(log_ratio)
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
         """Scores of the chosen and the rejected side [P] -> items [P]."""
-        raise NotImplementedError(f"{self.name} must define pair(w, l, batch).")
+        raise NotImplementedError(f"{self.name} must define pair(chosen, rejected, batch).")
 
     def items(self, logp: Tensor, log_ratio: Tensor, batch: Batch) -> Tensor:
         score = self.score(log_ratio, batch)
@@ -134,8 +134,8 @@ class DPO(PairLoss):
             return (finite_exp(power * total) - 1) / power
         return total
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
-        margin, e = self.beta * (w - l), self.label_smoothing
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
+        margin, e = self.beta * (chosen - rejected), self.label_smoothing
         if self.robust:
             return (e * F.logsigmoid(-margin) - (1 - e) * F.logsigmoid(margin)) / (1 - 2 * e)
         return smoothed(margin, e)
@@ -170,8 +170,8 @@ class IPO(PairLoss):
     def score(self, log_ratio: Tensor, batch: Batch) -> Tensor:
         return batch.mean(log_ratio) if self.normalize else batch.sum(log_ratio)
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
-        return (w - l - 1 / (2 * self.tau)).square()
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
+        return (chosen - rejected - 1 / (2 * self.tau)).square()
 
 
 @dataclass(frozen=True)
@@ -188,8 +188,8 @@ class Hinge(PairLoss):
 
     paper = "2305.10425"
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
-        return (1 - self.beta * (w - l)).relu()
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
+        return (1 - self.beta * (chosen - rejected)).relu()
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,8 @@ class SigmoidNorm(PairLoss):
     def score(self, log_ratio: Tensor, batch: Batch) -> Tensor:
         return batch.mean(log_ratio)
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
-        return -F.logsigmoid(self.beta * (w - l))
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
+        return -F.logsigmoid(self.beta * (chosen - rejected))
 
 
 @dataclass(frozen=True)
@@ -237,8 +237,8 @@ class EXO(PairLoss):
         if not 0 < self.eps < 1:
             raise ValueError(f"EXO: eps is the share of flipped labels, in (0, 1); got {self.eps}.")
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
-        margin = self.beta * (w - l)
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
+        margin = self.beta * (chosen - rejected)
         right = torch.sigmoid(margin) * (F.logsigmoid(margin) - math.log1p(-self.eps))
         return right + torch.sigmoid(-margin) * (F.logsigmoid(-margin) - math.log(self.eps))
 
@@ -259,9 +259,9 @@ class NCA(PairLoss):
 
     paper = "2402.05369"
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
-        w, l = self.beta * w, self.beta * l  # noqa: E741
-        return -F.logsigmoid(w) - 0.5 * F.logsigmoid(-w) - 0.5 * F.logsigmoid(-l)
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
+        chosen, rejected = self.beta * chosen, self.beta * rejected
+        return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
 @dataclass(frozen=True)
@@ -278,8 +278,8 @@ class BCOPair(PairLoss):
 
     paper = "2404.04656"
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
-        return -F.logsigmoid(self.beta * w) - F.logsigmoid(-self.beta * l)
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
+        return -F.logsigmoid(self.beta * chosen) - F.logsigmoid(-self.beta * rejected)
 
 
 @dataclass(frozen=True)
@@ -298,9 +298,9 @@ class SPPOHard(PairLoss):
 
     paper = "2405.00675"
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
         aim = 1 / (2 * self.beta)
-        return (w - aim).square() + (l + aim).square()
+        return (chosen - aim).square() + (rejected + aim).square()
 
 
 @dataclass(frozen=True)
@@ -319,8 +319,8 @@ class APOZero(PairLoss):
 
     paper = "2408.06266"
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
-        return torch.sigmoid(-self.beta * w) + torch.sigmoid(self.beta * l)
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
+        return torch.sigmoid(-self.beta * chosen) + torch.sigmoid(self.beta * rejected)
 
 
 @dataclass(frozen=True)
@@ -339,8 +339,8 @@ class APODown(PairLoss):
 
     paper = "2408.06266"
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
-        return torch.sigmoid(self.beta * w) + torch.sigmoid(-self.beta * (w - l))
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
+        return torch.sigmoid(self.beta * chosen) + torch.sigmoid(-self.beta * (chosen - rejected))
 
 
 @dataclass(frozen=True)
@@ -365,8 +365,8 @@ class DiscoPOP(PairLoss):
         if not 0 < self.tau < 1:
             raise ValueError(f"DiscoPOP: tau must be in (0, 1); got {self.tau}.")
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
-        u = self.beta * (w - l)
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
+        u = self.beta * (chosen - rejected)
         # m e^-u as one exponential: for u << 0 it is 0, where e^-u alone has no float32
         blended = (F.logsigmoid(u / self.tau) - u).exp()
         return blended - torch.sigmoid(-u / self.tau) * F.logsigmoid(u)
@@ -389,8 +389,8 @@ class DPOP(PairLoss):
 
     paper = "2402.13228"
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
-        return -F.logsigmoid(self.beta * (w - l - self.lam * (-w).relu()))
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
+        return -F.logsigmoid(self.beta * (chosen - rejected - self.lam * (-chosen).relu()))
 
 
 @dataclass(frozen=True)
@@ -421,8 +421,9 @@ class MADPO(PairLoss):
         if not self.c_max > 1:
             raise ValueError(f"MADPO: c_max must be above 1, and c_min is 1 / c_max; got {self.c_max}.")
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
-        return -self.weight(batch.need("margin", self.name).to(w.dtype)) * F.logsigmoid(self.beta * (w - l))
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
+        weight = self.weight(batch.need("margin", self.name).to(chosen.dtype))
+        return -weight * F.logsigmoid(self.beta * (chosen - rejected))
 
     def weight(self, h: Tensor) -> Tensor:  # [P] -> [P]
         c_min = 1 / self.c_max
@@ -458,8 +459,8 @@ class SimPO(PairLoss):
     def score(self, log_ratio: Tensor, batch: Batch) -> Tensor:
         return alphapo_reward(batch.mean(log_ratio), self.alphapo)
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
-        return -F.logsigmoid(self.beta * (w - l) - self.gamma)
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
+        return -F.logsigmoid(self.beta * (chosen - rejected) - self.gamma)
 
 
 def alphapo_reward(mean: Tensor, alpha: float) -> Tensor:
@@ -500,8 +501,8 @@ class CPO(PairLoss):
     def score(self, log_ratio: Tensor, batch: Batch) -> Tensor:
         return alphapo_reward(batch.mean(log_ratio), self.alphapo) if self.alphapo else batch.sum(log_ratio)
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
-        return smoothed(self.beta * (w - l), self.label_smoothing)
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
+        return smoothed(self.beta * (chosen - rejected), self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -530,8 +531,8 @@ class ORPO(PairLoss):
     def score(self, log_ratio: Tensor, batch: Batch) -> Tensor:
         return batch.mean(log_ratio)
 
-    def pair(self, w: Tensor, l: Tensor, batch: Batch) -> Tensor:  # noqa: E741
-        return -F.logsigmoid(log_odds(w) - log_odds(l))
+    def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
+        return -F.logsigmoid(log_odds(chosen) - log_odds(rejected))
 
 
 def log_odds(log_p: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class AlignConfig(TrainingArguments):
     reward_weights: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Policy losses: where completions have several rewards each, the weight of each. null = 1."
+            "help": "Policy losses: the weights of a completion's rewards, where it has several. null = 1."
         },
     )
     backend: str = field(default="auto", metadata={"help": "Of fa.align_loss."})
