@@ -21,7 +21,7 @@ class AOT(PairLoss):
         unpaired    d = sort(L_w) - sort(L_l)
 
     over the pairs of the batch: the distribution of the chosen is to dominate that of the rejected. Under
-    Humanline log pi is log ref plus the clipped log-ratio. Source: arXiv 2406.05882, equations 4 and 6.
+    Humanline log pi is log ref plus the clipped log-ratio. Source: arXiv 2406.05882.
 
     >>> import torch, fused_align as fa
     >>> batch = fa.Batch(torch.tensor([[1], [2], [3], [4]]), ref_logp=torch.zeros(4, 1)).live()
@@ -63,7 +63,8 @@ class BetaDPO(PairLoss):
     and sigma are averages of the mean and the standard deviation of D over optimizer steps (factor `ema`, all
     ranks), as they were before this step; in the first step, the batch's own. They are state of the loss, for
     the checkpoint (`state_dict`). Draws are those of `seed` and the number of batches seen.
-    Source: arXiv 2407.08639, equations 8 to 10.
+    Source: arXiv 2407.08639. The authors' code moves the averages before it uses them, and with every
+    micro-batch; then beta_b would depend on how a step is split.
 
     >>> import torch, fused_align as fa
     >>> batch = fa.Batch(torch.tensor([[1], [2]]), ref_logp=torch.zeros(2, 1)).live()

@@ -103,7 +103,7 @@ class GSPO(_Clipped):
     """Group sequence policy optimisation: `GRPO` with a ratio per sequence, rho_s = exp(mean_t l_t).
 
     level="token" (GSPO-token) takes sg[rho_s] pi / sg[pi]: the same value, and gradients that per-token
-    advantages can tell apart. Source: arXiv 2507.18071, equations 5 to 7 and 14.
+    advantages can tell apart. Source: arXiv 2507.18071, equations 5 to 7, 13 and 14.
 
     >>> import torch, fused_align as fa
     >>> batch = fa.Batch(torch.tensor([[1, 2]]), advantage=torch.tensor([-1.0])).live()
@@ -131,7 +131,7 @@ class GSPO(_Clipped):
 class LUSPO(GSPO):
     """Length-unbiased sequence policy optimisation: `GSPO` times the sequence's length.
 
-    Source: arXiv 2602.05261.
+    Source: arXiv 2602.05261, equation 7.
 
     >>> import torch, fused_align as fa
     >>> batch = fa.Batch(torch.tensor([[1, 2]]), advantage=torch.tensor([1.0])).live()
@@ -175,7 +175,7 @@ class HybridPolicy(_Clipped):
         edits      -clip(rho, 1-edit_low, 1+edit_high) A            rows with batch.off_policy; None: no bound
 
     old_logp of an edit is its log-prob under the prompt that it was edited with. Mean over the tokens of
-    both. Source: arXiv 2510.18849; its released code has no bounds on edits.
+    both. Source: arXiv 2510.18849, section 4.2.2; its released code has no bounds on edits.
 
     >>> import torch, fused_align as fa
     >>> batch = fa.Batch(torch.tensor([[1], [2]]), advantage=torch.ones(2),

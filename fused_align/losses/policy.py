@@ -43,9 +43,9 @@ class PolicyLoss(Loss, base=True):
     entropy_coef: bonus.
 
     Sources: PPO arXiv 1707.06347; KL estimators, J. Schulman, "Approximating KL divergence", 2020; its
-    correction and the off-policy mask, DeepSeek-V3.2 arXiv 2512.02556; top entropy arXiv 2506.01939;
-    truncated importance sampling, F. Yao et al., "Your efficient RL framework secretly brings you off-policy
-    RL training", 2025.
+    correction and the off-policy mask, DeepSeek-V3.2 arXiv 2512.02556, equations 7 and 9; top entropy arXiv
+    2506.01939; truncated importance sampling, F. Yao et al., "Your efficient RL framework secretly brings you
+    off-policy RL training", 2025.
     """
 
     beta: float = 0.0

@@ -194,7 +194,7 @@ class Hinge(PairLoss):
 
 @dataclass(frozen=True)
 class SigmoidNorm(PairLoss):
-    """DPO on means per token: -log s(beta (L_w/n_w - L_l/n_l)). Source: Tulu 3, arXiv 2411.15124, section 5.
+    """DPO on means per token: -log s(beta (L_w/n_w - L_l/n_l)). Source: Tulu 3, arXiv 2411.15124, eq. 6.
 
     >>> import torch, fused_align as fa
     >>> batch = fa.Batch(torch.tensor([[1, 2], [1, -100]]), ref_logp=torch.zeros(2, 2)).live()
@@ -247,7 +247,7 @@ class EXO(PairLoss):
 class NCA(PairLoss):
     """Noise contrastive alignment: -log s(beta L_w) - log s(-beta L_w)/2 - log s(-beta L_l)/2.
 
-    Keeps the chosen answer's likelihood from falling. Source: arXiv 2402.05369, equation 11.
+    Keeps the chosen answer's likelihood from falling. Source: arXiv 2402.05369, table 1.
 
     >>> import torch, fused_align as fa
     >>> batch = fa.Batch(torch.tensor([[1], [2]]), ref_logp=torch.zeros(2, 1)).live()
@@ -474,7 +474,7 @@ class CPO(PairLoss):
 
     M = sum log pi(y_w) - sum log pi(y_l), or the margin of AlphaPO's rewards if alphapo is not 0; e =
     label_smoothing. The NLL is the mean over all chosen tokens, so a normalizer is {"pairs": .., "tokens":
-    those of the chosen answers}. Sources: arXiv 2401.08417 equation 6; AlphaPO 2501.03884.
+    those of the chosen answers}. Sources: arXiv 2401.08417 equation 5; AlphaPO 2501.03884.
 
     >>> import torch, fused_align as fa
     >>> batch = fa.Batch(torch.tensor([[1], [2]])).live()

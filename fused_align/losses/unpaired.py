@@ -116,8 +116,8 @@ class BCO(UnpairedLoss):
     """Binary classifier optimisation: -log s(r) desirable, -log s(-r) undesirable, r = beta L - delta.
 
     delta is the mean of beta L over all sequences seen in training, this batch and all ranks included,
-    without gradient: state of the loss, for the checkpoint (`state_dict`). Source: arXiv 2404.04656, equation
-    9.
+    without gradient: state of the loss, for the checkpoint (`state_dict`). Source: arXiv 2404.04656; the
+    paper's delta is the mean of the two kinds' means, TRL's and this one the mean over all.
 
     >>> import torch, fused_align as fa
     >>> batch = fa.Batch(torch.tensor([[1], [2]]), ref_logp=torch.zeros(2, 1),

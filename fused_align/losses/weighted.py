@@ -62,7 +62,7 @@ class CISPO(PolicyLoss):
 class SAPO(PolicyLoss):
     """Soft adaptive policy optimisation: -(4/T) s(T (rho - 1)) A, T = t_pos where A > 0, else t_neg.
 
-    A soft gate in place of the clip: the weight falls off on both sides of rho = 1. Source: arXiv 2511.20347.
+    A soft gate in place of the clip: the weight falls off on both sides of rho = 1. Source: arXiv 2511.20347, equations 5 and 6.
 
     >>> import torch, fused_align as fa
     >>> batch = fa.Batch(torch.tensor([[1], [2]]), advantage=torch.tensor([1.0, -1.0])).live()
@@ -89,7 +89,7 @@ class SAPO(PolicyLoss):
 class GMPO(PolicyLoss):
     """Geometric-mean policy optimisation: -rho_s A, rho_s = exp(mean_t of the clipped l_t).
 
-    The clip to [-eps, eps] is PPO's, one-sided by the sign of A, in log space. Source: arXiv 2507.20673.
+    The clip to [-eps, eps] is PPO's, one-sided by the sign of A, in log space. Source: arXiv 2507.20673, equation 4.
 
     >>> import torch, fused_align as fa
     >>> batch = fa.Batch(torch.tensor([[1, 2]]), advantage=torch.tensor([1.0])).live()
@@ -125,7 +125,7 @@ class VESPO(PolicyLoss):
         phi(w) = exp(lam + k log w - lam w),   log w = clamp(sum_t clamp(l_t, -20, 20), log 1e-8, 20)
 
     with (k_pos, lam_pos) where A >= 0, else (k_neg, lam_neg). A sampler correction goes into w. Humanline: as
-    for `CISPO`. Source: arXiv 2602.10693.
+    for `CISPO`. Source: arXiv 2602.10693, equation 20, with TRL's clamps.
 
     >>> import torch, fused_align as fa
     >>> batch = fa.Batch(torch.tensor([[1, 2]]), advantage=torch.tensor([1.0])).live()
@@ -196,7 +196,7 @@ class GRAO(Loss):
     batch.reference marks the y, batch.group the prompts, batch.advantage [S] the A. No ratio, no KL. The mean
     over prompts: normalizer counts "groups", and a group must not be split over batches. Where advantages are
     normalised over the samples alone mean_i A_i is 0; it lives when the group includes y (docs/math.md).
-    Source: arXiv 2508.07750, equation 6.
+    Source: arXiv 2508.07750, equation 3.
 
     >>> import torch, fused_align as fa
     >>> batch = fa.Batch(torch.tensor([[1], [2], [3]]), group=torch.tensor([5, 5, 5]),
