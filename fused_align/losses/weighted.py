@@ -62,7 +62,8 @@ class CISPO(PolicyLoss):
 class SAPO(PolicyLoss):
     """Soft adaptive policy optimisation: -(4/T) s(T (rho - 1)) A, T = t_pos where A > 0, else t_neg.
 
-    A soft gate in place of the clip: the weight falls off on both sides of rho = 1. Source: arXiv 2511.20347, equations 5 and 6.
+    A soft gate in place of the clip: the weight falls off on both sides of rho = 1. Source: arXiv 2511.20347,
+    equations 5 and 6.
 
     >>> import torch, fused_align as fa
     >>> batch = fa.Batch(torch.tensor([[1], [2]]), advantage=torch.tensor([1.0, -1.0])).live()
@@ -89,7 +90,8 @@ class SAPO(PolicyLoss):
 class GMPO(PolicyLoss):
     """Geometric-mean policy optimisation: -rho_s A, rho_s = exp(mean_t of the clipped l_t).
 
-    The clip to [-eps, eps] is PPO's, one-sided by the sign of A, in log space. Source: arXiv 2507.20673, equation 4.
+    The clip to [-eps, eps] is PPO's, one-sided by the sign of A, in log space. Source: arXiv 2507.20673,
+    equation 4.
 
     >>> import torch, fused_align as fa
     >>> batch = fa.Batch(torch.tensor([[1, 2]]), advantage=torch.tensor([1.0])).live()
