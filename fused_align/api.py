@@ -10,7 +10,7 @@ from torch import Tensor
 from . import backends
 from .batch import Batch
 from .humanline import Humanline, HumanlineSampling, RatioClip
-from .linear.fused import Call, FusedLoss, item_sizes
+from .linear.fused import Call, fused_loss, item_sizes
 from .linear.logp import autocast_dtype, check_call, waist
 from .linear.ops import STATS, make_problem
 from .linear.passes import Head
@@ -92,7 +92,7 @@ def align_loss(
     temper = temperature.detach().reshape(-1) if isinstance(temperature, Tensor) else temperature
     if chosen.name in COMPLETE and backend != "eager":
         call = Call(head, objective, chosen, problem, temper, main_grad, grad_scale)
-        value, found = FusedLoss.apply(flat, weight, bias, call)
+        value, found = fused_loss(flat, weight, bias, call)
         stats = dict(zip(STATS, found.unbind(0), strict=True))
     else:
         every = waist(

@@ -8,6 +8,7 @@ needs 4. An item with more tokens than a chunk holds is walked in parts, whose t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -81,6 +82,18 @@ class FusedLoss(torch.autograd.Function):
                     grad.mul_(dloss)
         grads = (None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
         return *grads, None
+
+
+def fused_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    """`FusedLoss`, run eagerly under torch.compile too.
+
+    The loss is Python, so the graph breaks here. A compiler that went on into the walks would meet views of
+    one workspace in several dtypes, and gives up on those (torch 2.13). Where it is not loaded it is not
+    imported.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    apply = FusedLoss.apply if dynamo is None else dynamo.disable(FusedLoss.apply)
+    return apply(hidden, weight, bias, call)
 
 
 @dataclass(frozen=True)
