@@ -130,7 +130,7 @@ class BetaDPO(PairLoss):
         complete = (pending[2] > 0) & (pending[2] >= count)
         mean, deviation = _moments(pending)
         m0, sigma, known = state.total
-        ema = self.ema * (known > 0)
+        ema = torch.where(known > 0, known.new_tensor(self.ema), 0.0)  # a number alone would be float32
         moved = torch.stack([ema * m0 + (1 - ema) * mean, ema * sigma + (1 - ema) * deviation, known * 0 + 1])
         state.total = torch.where(complete, moved, state.total)
         state.pending = torch.where(complete, 0.0, pending)

@@ -89,5 +89,11 @@ class Sum(Loss, base=True):
                 f"Sum.load_state_dict: expected the states of parts {sorted(self.state_dict())}; got "
                 f"{sorted(state)}. Is it the state of another loss?"
             )
-        for place, saved in state.items():
-            self.losses[int(place)][1].load_state_dict(saved)
+        before = self.state_dict()
+        try:
+            for place, saved in state.items():
+                self.losses[int(place)][1].load_state_dict(saved)
+        except ValueError:
+            for place, own in before.items():
+                self.losses[int(place)][1].load_state_dict(own)
+            raise
