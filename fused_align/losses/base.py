@@ -70,8 +70,8 @@ class Loss:
         fixed = isinstance(cls.item, str)  # and not a property
         if cls.per not in UNITS or fixed and coarsest([cls.item, cls.per]) != cls.item:
             raise TypeError(
-                f"{cls.__name__}: per must be one of {list(UNITS)}, and no more than an item, {cls.item!r}; got "
-                f"{cls.per!r}."
+                f"{cls.__name__}: per must be one of {list(UNITS)}, and no more than an item, {cls.item!r}; "
+                f"got {cls.per!r}."
             )
         if not base:
             Loss.registry[cls.__name__.lower()] = cls
