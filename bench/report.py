@@ -153,8 +153,6 @@ def losses() -> str:
 
     Plans are the planner's for 2048 tokens of SmolLM2's head in float32 on a CPU, in sequences of 64.
     """
-    from fused_align.train.data import kind_of  # needs the extra [train]
-
     columns = ("loss", "", "paper", "couples", "anchor", "trainable head", "frozen", "Humanline", "rows")
     lines = [_line(columns), _line(["---"] * len(columns))]
     for cls in fa.Loss.registry.values():
@@ -168,7 +166,7 @@ def losses() -> str:
         plans = (plan_of(loss, grad_head=head) for head in (True, False))
         humanline = "yes" if loss.anchors else "no"
         cells = f"`{loss.name}({', '.join(own)})`", title, paper, loss.item, loss.anchor or "", *plans
-        lines.append(_line((*cells, humanline, kind_of(loss))))
+        lines.append(_line((*cells, humanline, loss.rows or "none")))
     return "\n".join(lines)
 
 

@@ -53,12 +53,10 @@ def align_loss(
 
     Args:
         hidden ... main_grad, where not below: as for `linear_logp`; hidden[i] predicts batch.target[i].
-        loss: one of `Loss.registry`, or a dataclass of your own that derives `Loss`.
+        loss: one of `Loss.registry`, a `Sum` of some, or a dataclass of your own that derives `Loss`.
         humanline: clips the log-ratio of a loss that has an anchor (arXiv 2509.24207).
-        normalizer: what the sum of items is divided by instead of this batch's own count of `loss.unit`; pass
-            the count over the whole optimizer step and micro-batches add up to the full batch. A dict gives
-            the count per unit (`loss.counts` of all live batches, summed); losses with several units need
-            one.
+        normalizer: what the sum is divided by instead of this batch's own count of `loss.unit`: that of the
+            whole optimizer step, so that micro-batches add up. Several units take a dict (`loss.counts`).
         grad_scale: what the loss will be multiplied by before backward (a loss scaler's factor, 1 over the
             accumulation steps), where that is known: gradients formed in the forward are scaled once, then.
             With main_grad such plans need it (1.0 if nothing multiplies the loss), and add to it in the
@@ -84,16 +82,16 @@ def align_loss(
     objective = Objective(loss, live, humanline, normalizer)
     head = Head(weight, bias, logit_scale, softcap, autocast_dtype(hidden, weight), precision == "bf16")
     flat = hidden.reshape(-1, hidden.shape[-1])
-    problem = loss_problem(
-        head, flat, live, loss, humanline, main_grad=main_grad is not None, scale_known=grad_scale is not None
-    )
+    promises = {"main_grad": main_grad is not None, "scale_known": grad_scale is not None}
+    problem = loss_problem(head, flat, live, loss, humanline, **promises)
     backend = backends.pick(backend, hidden.device)
     chosen = choose(problem, plan, workspace_bytes)
     temper = temperature.detach().reshape(-1) if isinstance(temperature, Tensor) else temperature
     if chosen.name in COMPLETE and backend != "eager":
         call = Call(head, objective, chosen, problem, temper, main_grad, grad_scale)
         value, found = fused_loss(flat, weight, bias, call)
-        stats = dict(zip(STATS, found.unbind(0), strict=True))
+        every: dict[str, Tensor] = dict(zip(STATS, found.unbind(0), strict=True))
+        stats = {name: every[name] for name in ("logp", *loss.reads)}
     else:
         every = waist(
             flat, weight, batch.target.reshape(-1), bias, temper, logit_scale, softcap, backend, chosen.name,
@@ -105,11 +103,9 @@ def align_loss(
         value = objective.total(stats, live, objective.weights)
     if live.surplus is not None:
         value = torch.where(live.surplus, torch.nan, value)
-    read = {name: stat for name, stat in stats.items() if name == "logp" or name in loss.reads}
-    metrics = objective.metrics(read)
-    if torch.is_grad_enabled():
-        objective.observe(read)
-    return AlignOutput(value, metrics)
+    output = AlignOutput(value, objective.metrics(stats))
+    objective.observe(stats)  # after the metrics: they are of what the loss was computed with
+    return output
 
 
 def loss_problem(

@@ -341,9 +341,9 @@ class Batch:
         return torch.where(self.valid, x, 0).sum() / self.valid.sum()
 
     def stat(self, name: str, who: str) -> Tensor:  # -> [n]
-        """A statistic of the tokens besides logp, differentiable: "entropy", "lse" or "average" (mean logit).
+        """A statistic of the tokens besides logp: "entropy", "lse", "average" (mean logit) or "squares".
 
-        There are those that the loss names in `reads`.
+        There are those that the loss names in `reads`, differentiable if in `learnt`.
         """
         if name not in self.stats:
             raise ValueError(

@@ -59,7 +59,8 @@ class HumanlineSampling:
         r < M_P B_P   or   1/r < M_R B_R        B_P ~ Beta(gamma_p, 1), B_R ~ Beta(gamma_r, 1), i.i.d.
 
     so the whole batch is coupled: no gradient is formed before its end. Every call of align_loss draws 2 n
-    uniform numbers from `generator` (None: torch's own). Source: arXiv 2509.24207, section 4.
+    uniform numbers, n the live tokens or max_live, from `generator` (None: torch's own). Source: arXiv
+    2509.24207, section 4.
     """
 
     gamma_p: float = 0.5
@@ -81,7 +82,7 @@ class HumanlineSampling:
         uniform = torch.rand(
             2, batch.target.numel(), generator=self.generator, device=device, dtype=torch.float64
         )
-        log = uniform.to(batch.target.device).log()
+        log = uniform.to(batch.target.device, non_blocking=True).log()
         return _Draws(log[0] / self.gamma_p, log[1] / self.gamma_r, batch.valid)
 
 

@@ -151,9 +151,6 @@ def test_without_a_normalizer_every_call_is_a_step():
     assert total(loss)[0] == pytest.approx(m0)
 
 
-# ---- when it does not move -------------------------------------------------------------------------------
-
-
 def test_scoring_does_not_move_it(loss: fa.Loss):
     learn(both(STEPS[0]), loss)
     before, case = flat(loss.state_dict()), both(STEPS[1])
@@ -181,14 +178,20 @@ def test_a_call_that_raises_does_not_move_it(loss: fa.Loss, wrong: str):
     assert flat(loss.state_dict()) == before
 
 
+@pytest.mark.parametrize("name", ["bco", "betadpo"])
+def test_a_batch_that_diverged_is_not_remembered(name: str):
+    loss, case = copy.deepcopy(LOSSES[name]), both(STEPS[1])
+    learn(both(STEPS[0]), loss)
+    before = total(loss)
+    case.hidden[0] = math.nan
+    assert learn(case, loss).loss.isnan() and total(loss) == before
+
+
 def test_a_part_that_raises_does_not_move_the_others():
     loss = fa.Sum([(1.0, fa.BCO()), (1.0, fa.KTO())])
     with pytest.raises(ValueError, match=r"KTO.*kl"):
         learn(judged(STEPS[0]), loss)
     assert total(loss.losses[0][1]) == [0.0, 0.0]
-
-
-# ---- which pairs are kept --------------------------------------------------------------------------------
 
 
 def in_state(m0: float, sigma: float, calls: int = 0, **fields: Any) -> fa.BetaDPO:
@@ -261,9 +264,6 @@ def test_outliers_are_the_last_to_be_kept():
         assert in_state(1.0, 0.0, seed=seed, keep=0.2).kept(margin).tolist() == [0]  # no spread at all
     drawn = [in_state(1.0, 0.0, seed=seed, keep=0.2).kept(torch.ones(5).double()) for seed in range(50)]
     assert {int(kept) for kept in drawn} == {*range(5)}
-
-
-# ---- saved and restored ----------------------------------------------------------------------------------
 
 
 def test_a_restored_loss_goes_on_bit_by_bit(loss: fa.Loss, tmp_path: Path):
@@ -348,9 +348,6 @@ def test_a_sum_is_its_parts():
     assert fa.Sum([(1.0, fa.DPO()), (1.0, fa.SFT())]).state_dict() == {}
 
 
-# ---- two processes ---------------------------------------------------------------------------------------
-
-
 def as_rank(rank: int, folder: str) -> None:
     """Three steps with half of each on this rank, in two micro-batches; BCO's in one."""
     store = f"file://{folder}/store"
@@ -361,6 +358,7 @@ def as_rank(rank: int, folder: str) -> None:
         values.append(float(learn(judged(mine), bco, normalizer=4).loss.detach()))
         for margin in mine:
             values.append(float(learn(pairs((margin,)), beta_dpo, normalizer=4).loss.detach()))
+    learn(pairs(STEPS[0] if rank else ()), beta_dpo, normalizer=4)  # a rank without any
     found = {"bco": bco.state_dict(), "betadpo": beta_dpo.state_dict(), "values": values}
     torch.save(found, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -385,6 +383,7 @@ def test_two_processes_keep_the_state_of_one(tmp_path: Path):
             want = cost(max(0.1 * (1 + 0.6 * (margin - point)), 1e-3) * margin) / 4
             assert values[place // 2][1 + place % 2] == pytest.approx(want)
         learn(pairs(step), beta_dpo)
+    learn(pairs(STEPS[0]), beta_dpo)
     for state in found:
         assert state["bco"]["total"].tolist() == pytest.approx(total(bco), rel=1e-12)
         assert state["betadpo"]["total"].tolist() == pytest.approx(total(beta_dpo), rel=1e-12)

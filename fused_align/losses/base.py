@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..humanline import RatioClip
+from .state import State
 
 ITEMS = ("token", "sequence", "pair", "batch")  # each is made of some of those before it
 UNITS = {"token": "tokens", "sequence": "sequences", "pair": "pairs"}
@@ -67,8 +68,8 @@ class Loss:
                 f'{cls.__name__}: a loss with item="batch" must say what one number of its items stands for: '
                 'add per = "token", "sequence" or "pair".'
             )
-        fixed = isinstance(cls.item, str)  # and not a property
-        if cls.per not in UNITS or fixed and coarsest([cls.item, cls.per]) != cls.item:
+        item = cls.per if isinstance(cls.item, property) else cls.item
+        if cls.per not in UNITS or coarsest([item, cls.per]) != item:
             raise TypeError(
                 f"{cls.__name__}: per must be one of {list(UNITS)}, and no more than an item, {cls.item!r}; "
                 f"got {cls.per!r}."
@@ -109,7 +110,7 @@ class Loss:
         return tuple(dict.fromkeys(part.anchor for _, part in self.parts if part.anchor is not None))
 
     def plain(self) -> Loss:
-        """The loss without its terms that read more than log-probs: what an evaluation reports."""
+        """The loss without terms that read more than log-probs, and without memory, for an evaluation."""
         if self.reads:
             raise NotImplementedError(f"{self.name} reads {self.reads}, so it must define plain().")
         return self
@@ -122,6 +123,21 @@ class Loss:
     def needs_ref(self) -> bool:
         """Whether batch.ref_logp is read."""
         return self.anchor == "ref"
+
+    @property
+    def rows(self) -> str:
+        """Which rows the trainer reads for it: "pair" | "group" | "unpaired" | "judged" | "text"
+        (train/data.py).
+
+        What its items and its anchor suggest; a loss of another kind says so: rows = "group". "": none.
+        """
+        if "pair" in (self.item, self.per):
+            return "pair"
+        if self.anchor == "old":
+            return "group"
+        if self.anchor is None or self.per == "token":
+            return "text"
+        return "unpaired" if self.needs_kl else "judged"
 
     @property
     def needs_kl(self) -> bool:
@@ -167,17 +183,17 @@ class Loss:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold besides the fields: {} for most losses."""
         state = getattr(self, "state", None)
-        return {} if state is None else state.state_dict()
+        return state.state_dict() if isinstance(state, State) else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave. Raises ValueError if it belongs to another loss."""
         own = getattr(self, "state", None)
-        if own is None and state:
+        if not isinstance(own, State) and state:
             raise ValueError(
                 f"{self.name}.load_state_dict: this loss keeps no state; got {sorted(state)}. Is it that "
                 "of another loss?"
             )
-        if own is not None:
+        if isinstance(own, State):
             own.load_state_dict(state)
 
 
@@ -284,13 +300,15 @@ class Objective:
             total = total + (items.double() * weight).sum()
         return total.to(logp.dtype)
 
-    @torch.no_grad()
     def observe(self, stats: Mapping[str, Tensor]) -> None:
-        """Lets losses that keep averages take this batch into them."""
+        """Lets losses that keep averages take this batch into them, if gradients are recorded."""
         keeping = [part for part in self.parts if type(part.loss).observe is not Loss.observe]
-        ratios = self._clipped(stats["logp"].detach(), self.batch) if keeping else {}
-        for part in keeping:
-            part.loss.observe(ratios[part.loss.anchor], self.batch, part.count)
+        if not keeping or not torch.is_grad_enabled():
+            return
+        with torch.no_grad():
+            ratios = self._clipped(stats["logp"].detach(), self.batch)
+            for part in keeping:
+                part.loss.observe(ratios[part.loss.anchor], self.batch, part.count)
 
     @torch.no_grad()
     def metrics(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:

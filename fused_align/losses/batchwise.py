@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import Batch
-from .preference import PairLoss, check_flipped, smoothed
-from .state import State, all_reduced, zeros
+from .preference import DPO, PairLoss, check_flipped, smoothed
+from .state import State, all_reduced, finite, zeros
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,18 @@ class BetaDPO(PairLoss):
                 f"and {self.ema}."
             )
 
+    def plain(self) -> DPO:
+        return DPO(beta=self.beta)
+
     def kept(self, margin: Tensor) -> Tensor:  # [P] -> [k] int64
         """Which pairs of the next batch are kept, given their D."""
-        m0, sigma = self._expected(margin)
+        return self._draw(margin, *self._expected(margin))
+
+    def _draw(self, margin: Tensor, m0: Tensor, sigma: Tensor) -> Tensor:
         log_weight = -(margin.double() - m0).square() / (2 * sigma.square()).clamp(min=1e-12)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.state.calls)
-        uniform = torch.rand(margin.numel(), generator=generator, dtype=torch.float64).to(margin.device)
+        uniform = torch.rand(margin.numel(), generator=generator, dtype=torch.float64)
+        uniform = uniform.to(margin.device, non_blocking=True)
         # the k largest of log weight + Gumbel noise are k draws without replacement
         order = (log_weight - (-uniform.log()).log()).topk(self._count(margin)).indices
         return order.sort().values
@@ -114,10 +120,12 @@ class BetaDPO(PairLoss):
 
     def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
         margin = chosen - rejected
+        known = margin.detach()
+        m0, sigma = self._expected(known)  # of a rank without pairs too: it reduces over all of them
         if not margin.numel():
             return margin
-        known, kept = margin.detach(), self.kept(margin.detach())
-        shift = known[kept].double().mean() - self._expected(known)[0]
+        kept = self._draw(known, m0, sigma)
+        shift = known[kept].double().mean() - m0
         beta = (self.beta * (1 + self.a * shift)).clamp(min=1e-3).to(margin.dtype)
         share = torch.zeros_like(margin).index_fill_(0, kept, margin.numel() / kept.numel())
         return -share * F.logsigmoid(beta * margin)
@@ -125,12 +133,12 @@ class BetaDPO(PairLoss):
     def observe(self, log_ratio: Tensor, batch: Batch, count: float | Tensor) -> None:
         score = self.score(log_ratio, batch)
         state = self.state.at(score.device)
-        pending = state.pending + all_reduced(_sums(batch.chosen(score) - batch.rejected(score)))
+        pending = state.pending + finite(all_reduced(_sums(batch.chosen(score) - batch.rejected(score))))
         # the step is complete when as many pairs were seen as its loss is divided by
         complete = (pending[2] > 0) & (pending[2] >= count)
         mean, deviation = _moments(pending)
         m0, sigma, known = state.total
-        ema = torch.where(known > 0, known.new_tensor(self.ema), 0.0)  # a number alone would be float32
+        ema = self.ema * known  # which is 0 or 1
         moved = torch.stack([ema * m0 + (1 - ema) * mean, ema * sigma + (1 - ema) * deviation, known * 0 + 1])
         state.total = torch.where(complete, moved, state.total)
         state.pending = torch.where(complete, 0.0, pending)

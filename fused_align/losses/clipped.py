@@ -189,6 +189,7 @@ class HybridPolicy(_Clipped):
     aggregation: str = field(default="token_mean", kw_only=True)
 
     paper = "2510.18849"
+    rows = ""  # the trainer has no edits, nor their log-probs under the prompt that they were edited with
 
     def surrogate(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
         low = -math.inf if self.edit_low is None else 1 - self.edit_low

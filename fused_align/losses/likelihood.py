@@ -34,7 +34,11 @@ class SFT(Loss):
     z_loss: float = 0.0
     chosen: bool = False
 
-    paper = "1512.00567"
+    paper = "2203.02155"
+
+    @property
+    def rows(self) -> str:
+        return "pair" if self.chosen else "text"
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:

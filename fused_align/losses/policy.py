@@ -18,7 +18,7 @@ from ..humanline import RatioClip
 from .base import Loss, coarsest
 
 MAX_LOG_RATIO = 60.0  # e^60 is finite in float32; above it there is no gradient
-MAX_ITEM = 1e30  # of rho * KL, whose factors may reach e^60 each
+MAX_ITEM = 1e30  # of rho * KL and of u * surrogate, whose factors may reach e^60 each
 
 AGGREGATIONS = ("seq_mean_token_mean", "token_mean", "constant", "seq_mean_token_sum")
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -62,6 +62,7 @@ class PolicyLoss(Loss, base=True):
 
     per = "token"
     anchor = "old"
+    rows = "group"  # type: ignore[assignment]
     coupled: ClassVar[str] = "token"  # by the surrogate
 
     def __post_init__(self) -> None:
@@ -93,7 +94,7 @@ class PolicyLoss(Loss, base=True):
         return finite_exp(log_ratio)
 
     def clips(self, log_ratio: Tensor, advantage: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """[n] bool each: tokens whose gradient is clipped away below, and above; None: there is no clip."""
+        """[n] bool each: tokens beyond the clip's lower and upper bound; None: there is no clip."""
         return None
 
     # ---- what the planner and the trainer ask ----
@@ -139,7 +140,7 @@ class PolicyLoss(Loss, base=True):
         advantage = batch.token_advantage(self.name).to(logp.dtype)
         items = self.surrogate(logp, log_ratio, advantage, batch)
         if self.sampler_correction and not self.folds_sampler:
-            items = items * self.correction(logp, batch).exp()
+            items = (items * self.correction(logp, batch).exp()).clamp(-MAX_ITEM, MAX_ITEM)
         if self.off_policy_threshold is not None:
             near = self._on_policy(self.off_policy_threshold, logp, advantage, batch)
             items = torch.where(near, items, 0.0)
@@ -162,7 +163,7 @@ class PolicyLoss(Loss, base=True):
         if self.kl == "k2":
             return d.square() / 2
         d = d.clamp(max=MAX_LOG_RATIO)
-        return torch.expm1(d) - d  # near the reference e^d - d - 1 would be all rounding
+        return finite_expm1(d) - d  # near the reference e^d - d - 1 would be all rounding
 
     folds_sampler: ClassVar[bool] = False  # whether the surrogate takes the sampler's correction in itself
 
@@ -175,10 +176,12 @@ class PolicyLoss(Loss, base=True):
         if level == "sequence":
             log = batch.spread(batch.sum(log, weighted=False))
         low = math.log(self.sampler_min) if self.sampler_min else -math.inf
-        high = MAX_LOG_RATIO if self.sampler_max is None else math.log(self.sampler_max)
+        high = math.inf if self.sampler_max is None else math.log(self.sampler_max)
         if how == "truncate":
-            return log.clamp(low, high)
-        return torch.where((log >= low) & (log <= high), log, -math.inf)
+            log = log.clamp(low, high)
+        else:
+            log = torch.where((log >= low) & (log <= high), log, -math.inf)
+        return log.clamp(max=MAX_LOG_RATIO)
 
     def _on_policy(self, most: float, logp: Tensor, advantage: Tensor, batch: Batch) -> Tensor:  # [n] bool
         sampler = batch.old_logp if batch.sampler_logp is None else batch.sampler_logp
@@ -207,3 +210,8 @@ class PolicyLoss(Loss, base=True):
 def finite_exp(x: Tensor) -> Tensor:
     """exp(min(x, 60)): finite in float32, without gradient above."""
     return x.clamp(max=MAX_LOG_RATIO).exp()
+
+
+def finite_expm1(x: Tensor) -> Tensor:
+    """`finite_exp` less 1, with its digits where x is near 0."""
+    return x.clamp(max=MAX_LOG_RATIO).expm1()

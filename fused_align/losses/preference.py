@@ -17,7 +17,7 @@ from torch import Tensor
 from ..batch import Batch
 from .base import Loss
 from .likelihood import SFT
-from .policy import finite_exp
+from .policy import finite_expm1
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,12 @@ class DPO(PairLoss):
             log_ratio = torch.where(beyond, self.ld_alpha * log_ratio, log_ratio)
         total = batch.sum(log_ratio)
         if self.f_divergence == "forward_kl":
-            return 1 - finite_exp(-total)
+            return -finite_expm1(-total)
         if self.f_divergence == "js":
             return math.log(2) + F.logsigmoid(total)
         if self.f_divergence == "alpha" and self.f_alpha != 1:
             power = self.f_alpha - 1
-            return (finite_exp(power * total) - 1) / power
+            return finite_expm1(power * total) / power
         return total
 
     def pair(self, chosen: Tensor, rejected: Tensor, batch: Batch) -> Tensor:
@@ -465,7 +465,7 @@ class SimPO(PairLoss):
 
 def alphapo_reward(mean: Tensor, alpha: float) -> Tensor:
     """(1 - p^-alpha) / alpha of p = e^mean, whose limit is the mean itself. Source: arXiv 2501.03884."""
-    return (1 - finite_exp(-alpha * mean)) / alpha if alpha else mean
+    return -finite_expm1(-alpha * mean) / alpha if alpha else mean
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ logistic function.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..batch import IGNORE_INDEX, Batch
 from ..humanline import Humanline, RatioClip
 from .base import Loss
-from .state import State, all_reduced, zeros
+from .state import State, all_reduced, finite, zeros
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,9 @@ class BCO(UnpairedLoss):
     item = "batch"
     per = "sequence"
 
+    def plain(self) -> BCO:
+        return replace(self)  # without memory: delta of what is evaluated
+
     def judged(self, reward: Tensor, desirable: Tensor, batch: Batch) -> Tensor:
         total, count = self.state.at(reward.device).total + self._sums(reward)
         away = reward - (total / count.clamp(min=1)).to(reward.dtype)
@@ -146,7 +149,7 @@ class BCO(UnpairedLoss):
 
     def observe(self, log_ratio: Tensor, batch: Batch, count: float | Tensor) -> None:
         state = self.state.at(log_ratio.device)
-        state.total = state.total + self._sums(self.beta * batch.sum(log_ratio))
+        state.total = state.total + finite(self._sums(self.beta * batch.sum(log_ratio)))
 
     def metrics(self, logp: Tensor, log_ratio: Tensor, batch: Batch) -> dict[str, Tensor]:
         total, count = self.state.at(logp.device).total + self._sums(self.beta * batch.sum(log_ratio))

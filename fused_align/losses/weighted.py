@@ -18,7 +18,7 @@ SMALLEST = math.log(1e-8)  # of VESPO's log w
 
 def either(condition: Tensor, this: float, other: float, like: Tensor) -> Tensor:
     """One number or the other, in the dtype of `like`: torch.where of two numbers would round to float32."""
-    return torch.where(condition, like.new_tensor(this), like.new_tensor(other))
+    return torch.where(condition, like.new_full((), this), like.new_full((), other))
 
 
 def gated(logp: Tensor, log_ratio: Tensor) -> Tensor:
@@ -212,6 +212,7 @@ class GRAO(Loss):
     lam: float = 0.6
 
     paper = "2508.07750"
+    rows = "group"  # type: ignore[assignment]
 
     @property
     def unit(self) -> str:

@@ -17,7 +17,9 @@ from fused_align.backends import pick
 from fused_align.linear.logp import check_precision
 from fused_align.linear.plan import check_plan
 
-_TERM = re.compile(r"\s*(?:(?P<weight>[0-9.]+(?:e-?[0-9]+)?)\s*\*\s*)?(?P<name>\w+)\s*")  # of a sum of losses
+_TERM = re.compile(
+    r"\s*(?:(?P<weight>[0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*\*\s*)?(?P<name>\w+)\s*"
+)  # of a sum of losses
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -33,14 +35,15 @@ class AlignConfig(TrainingArguments):
     loss: str = field(
         default="dpo",
         metadata={
-            "help": "A name of fa.Loss.registry (dpo, kto, grpo, ...), or a weighted sum: dpo + 0.5*sft."
+            "help": "A name of fa.Loss.registry (dpo, kto, grpo, ...), or a weighted sum: dpo + 0.5*sft "
+            "(sft of the chosen answers, beside a loss on pairs)."
         },
     )
     loss_args: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Fields of the loss, e.g. {beta: 0.1}; of a sum by name, e.g. {sft: {chosen: true}}. "
-            "None takes its defaults."
+            "help": "Fields of the loss, e.g. {beta: 0.1}; of a sum by name, e.g. {dpo: {beta: 0.2}}. None "
+            "takes its defaults."
         },
     )
     humanline: Any = field(
@@ -170,8 +173,13 @@ class AlignConfig(TrainingArguments):
                 f"AlignConfig: loss_args of the sum {self.loss!r} must map {names} to their fields; got "
                 f"{given!r}."
             )
+        if len(set(names)) < len(names):
+            raise ValueError(f"AlignConfig: loss must name each of its parts once; got {self.loss!r}.")
         weights = [float(term["weight"] or 1) for term in terms if term is not None]
         losses = [_make_loss(name, given.get(name, {})) for name in names]
+        if "sft" in names and any(loss.rows == "pair" for loss in losses):
+            # beside losses on pairs it learns the chosen answers; the rejected ones only if asked to
+            losses[names.index("sft")] = _make_loss("sft", {"chosen": True} | given.get("sft", {}))
         return fa.Sum(list(zip(weights, losses, strict=True)))
 
     def make_humanline(self) -> fa.Humanline | fa.HumanlineSampling | None:

@@ -31,10 +31,9 @@ import datasets
 import torch
 from torch import Tensor
 
-from fused_align import GRAO, Batch, Loss
+from fused_align import Batch, Loss
 from fused_align.batch import IGNORE_INDEX
 from fused_align.losses.advantages import combine_rewards, group_advantages
-from fused_align.losses.policy import PolicyLoss
 
 from .config import DataConfig
 
@@ -42,9 +41,9 @@ logger = logging.getLogger(__name__)
 
 COLUMNS = {
     "pair": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "group": (("prompt", "completions", "rewards"),),
     "unpaired": (("prompt", "completion", "label"),),
     "judged": (("prompt", "completion", "label"),),
-    "group": (("prompt", "completions", "rewards"),),
     "text": (("prompt", "completion"), ("messages",), ("text",)),
 }
 
@@ -65,15 +64,19 @@ Row = tuple[list[int], int]  # the tokens of a sequence, and how many of them ar
 
 
 def kind_of(loss: Loss) -> str:
-    """Which kind of rows the loss is trained on: the first of these that a part of it needs."""
-    parts = [part for _, part in loss.parts]
-    if any(part.per == "pair" or part.item == "pair" for part in parts):
-        return "pair"
-    if any(isinstance(part, (PolicyLoss, GRAO)) or part.anchor == "old" for part in parts):
-        return "group"
-    if loss.needs_kl:
-        return "unpaired"
-    return "judged" if loss.anchors else "text"
+    """Which kind of rows the loss is trained on: the first of COLUMNS that a part of it reads.
+
+    Raises:
+        ValueError: a part of it reads what no rows hold.
+    """
+    wanted = {part.rows: part for _, part in loss.parts}
+    for rows, part in wanted.items():
+        if rows not in COLUMNS:
+            raise ValueError(
+                f"{part.name} reads what the trainer's rows do not hold (its `rows` is {rows!r}). Call "
+                "align_loss in a loop of your own."
+            )
+    return next(kind for kind in COLUMNS if kind in wanted)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------
@@ -161,8 +164,13 @@ def prepare(
             features["margin"] = datasets.Value("float64")
         else:  # of all rows: or some batches would have margins and others not
             logger.warning("The column margin is left out: not every row has a finite number there.")
-    if kind == "group" and "reference" in dataset.column_names:
+    marked = kind == "group" and "reference" in dataset.column_names
+    if marked and not all(isinstance(mark, list) for mark in dataset["reference"]):
+        logger.warning("The column reference is left out: not every row has a list of booleans there.")
+        marked = False
+    if marked:
         features["reference"] = datasets.List(datasets.Value("bool"))
+    encode = partial(encode, marked=marked)
     dropped = [column for column in dataset.column_names if column not in features]
     # the types are given: inferred ones would depend on which rows come first
     examples = dataset.map(
@@ -224,6 +232,7 @@ def _encode_row(
     max_length: int | None,
     scale_rewards: str,
     reward_weights: Sequence[float] | None,
+    marked: bool,
 ) -> dict[str, Any]:
     _check_row(row, number, columns)
     if "rewards" in columns:
@@ -245,8 +254,8 @@ def _encode_row(
         example["label"] = bool(row["label"])
     if kind == "group":
         example["advantages"] = advantages(row["rewards"] or [], scale_rewards, reward_weights)
-        if "reference" in row:
-            example["reference"] = row["reference"]
+        if marked:
+            example["reference"] = _references(row, number)
     return example
 
 
@@ -283,6 +292,16 @@ def _check_rewards(row: dict[str, Any], number: int, weights: Sequence[float] | 
                 f"Row {number}: every completion needs {expected} rewards, as many as reward_weights or as "
                 f"the row's first completion has; got {reward}."
             )
+
+
+def _references(row: dict[str, Any], number: int) -> list[bool]:
+    marks, expected = row["reference"], len(row["completions"])
+    if len(marks) != expected or not all(isinstance(mark, bool) for mark in marks):
+        raise ValueError(
+            f"Row {number}: reference must say of each of the {expected} completions whether it is a "
+            f"reference answer, true or false; got {marks}."
+        )
+    return marks
 
 
 def _several(reward: Any) -> list[Any]:

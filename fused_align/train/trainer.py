@@ -198,10 +198,13 @@ class AlignTrainer(Trainer):
     @torch.no_grad()
     def _rehearse(self, dataset: Dataset) -> None:
         """The loss on the first rows and made-up log-probs: what it needs and the rows lack shows here."""
-        inputs = self.data_collator([dataset[i] for i in range(min(2, len(dataset)))])  # pyright: ignore
-        made_up = torch.zeros(inputs["labels"].shape)
-        batch = self._batch(inputs, torch.zeros(()), {"ref_logp": made_up, "old_logp": made_up}).live()
-        stats = {name: torch.zeros(batch.rows.numel()) for name in ("logp", *self.loss.reads)}
+        collated: Any = self.data_collator([dataset[i] for i in range(min(2, len(dataset)))])
+        inputs = self._prepare_inputs(collated)  # on the device, where ranks can reduce
+        made_up = torch.zeros_like(inputs["labels"], dtype=torch.float32)
+        anchors = self._anchors({"initial_logp": made_up} if self.measured else {})
+        kl = made_up.new_zeros(()) if self.loss.needs_kl else None
+        batch = self._batch(inputs, kl, anchors).live()
+        stats = {name: made_up.new_zeros(batch.rows.numel()) for name in ("logp", *self.loss.reads)}
         try:
             objective = Objective(self.loss, batch, self.humanline, None)
             objective.total(stats, batch, objective.weights)
@@ -354,6 +357,11 @@ class AlignTrainer(Trainer):
         if self.reference is not None and checkpoint is not None:
             self.reference.load(Path(checkpoint) / "synced_reference.safetensors")
         if self.loss.state_dict() and checkpoint is not None:
+            if not (Path(checkpoint) / LOSS).is_file():
+                raise ValueError(
+                    f"AlignTrainer: {checkpoint} has no {LOSS}, the averages that {self.loss.name} keeps. "
+                    "Was it written by a run with another loss?"
+                )
             state = torch.load(Path(checkpoint) / LOSS, map_location="cpu", weights_only=True)
             self.loss.load_state_dict(state)
 
