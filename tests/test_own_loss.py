@@ -57,6 +57,7 @@ def defined() -> None:
 
         item = "sequence"
         anchor = "ref"
+        rows = "pair"  # of which it learns both answers
 
         def items(self, logp: Tensor, log_ratio: Tensor, batch: fa.Batch) -> Tensor:
             return (batch.mean(log_ratio) - batch.lengths.to(logp.dtype) / 10) ** 2
@@ -305,8 +306,7 @@ def test_a_policy_loss_has_the_shared_fields(own: Losses):
 
 # ---- the trainer -----------------------------------------------------------------------------------------
 
-ROWS = dict.fromkeys(["mytoken", "mytokens", "mypolicy"], tiny.groups)
-ROWS |= dict.fromkeys(["mysequence", "mybatch"], tiny.judged)
+ROWS = dict.fromkeys(["mytoken", "mytokens", "mypolicy"], tiny.groups) | {"mybatch": tiny.judged}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -109,12 +109,12 @@ def watched(
 ) -> tuple[AlignTrainer, Whole]:
     """A trainer of two steps of two micro-batches, and what they should have cost."""
     watch, collate = Whole(), data_module.Collator.__call__
-    made = training.config(folder, loss=loss, loss_args=loss_args).make_loss()
+    built = made(folder, loss, loss_args)
     defaults = {"max_steps": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.02}
     it = training.trainer(
         folder,
-        rows=rows_for(made),
-        held_out=rows_for(made, 5),
+        rows=rows_for(built),
+        held_out=rows_for(built, 5),
         loss=loss,
         loss_args=loss_args,
         callbacks=[watch],
@@ -232,6 +232,9 @@ WRONG_SUMS: dict[str, tuple[str, Any, str]] = {
         {"sft": {"chosen": False}},
         r"the tokens of chosen answers and SFT all tokens.*chosen=True",
     ),
+    "no number": ("1.2.3*dpo + sft", None, r"loss must be a name, or a sum.*got '1\.2\.3\*dpo \+ sft'"),
+    "a point": (".*dpo", None, r"loss must be a name, or a sum.*got '\.\*dpo'"),
+    "one name twice": ("dpo + 0.5*dpo", None, r"must name each of its parts once; got 'dpo \+ 0\.5\*dpo'"),
     "a field's own check": ("dpo + sft", {"dpo": {"beta": -1.0}}, r"DPO: beta must be positive; got -1"),
 }
 
@@ -302,12 +305,12 @@ STATES = {"bco": "bco", "betadpo": "betadpo", "sum": "1e-1*betadpo+sft"}
 def run(
     folder: Path, loss: str, seed: int = 0, resume: Path | None = None, stop: bool = False
 ) -> AlignTrainer:
-    made = training.config(folder, loss=loss).make_loss()
+    built = made(folder, loss)
     it = training.trainer(
         folder,
         tiny.model(seed),
-        rows_for(made),
-        rows_for(made, 4),
+        rows_for(built),
+        rows_for(built, 4),
         loss=loss,
         loss_args=SUMS.get(loss, FIELDS.get(loss)),
         callbacks=[StopAt()] if stop else None,
@@ -334,7 +337,7 @@ def test_a_resumed_run_has_the_state_of_an_uninterrupted_one(tmp_path: Path, los
     assert flat(resumed.loss.state_dict()) == flat(whole.loss.state_dict()) != flat(stored)
     assert logged(resumed) == logged(whole) and len(logged(whole)) == 5
     assert logged(resumed, "eval_loss") == logged(whole, "eval_loss")
-    lost = training.config(tmp_path, loss=loss, loss_args=SUMS.get(loss, FIELDS.get(loss))).make_loss()
+    lost = made(tmp_path, loss, SUMS.get(loss, FIELDS.get(loss)))
     assert flat(lost.state_dict()) != flat(stored)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from .preference import DPO, PairLoss, check_flipped, smoothed
-from .state import State, all_reduced, finite, zeros
+from .state import State, all_reduced, zeros
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,15 @@ class BetaDPO(PairLoss):
     def observe(self, log_ratio: Tensor, batch: Batch, count: float | Tensor) -> None:
         score = self.score(log_ratio, batch)
         state = self.state.at(score.device)
-        pending = state.pending + finite(all_reduced(_sums(batch.chosen(score) - batch.rejected(score))))
+        pending = state.pending + all_reduced(_sums(batch.chosen(score) - batch.rejected(score)))
         # the step is complete when as many pairs were seen as its loss is divided by
         complete = (pending[2] > 0) & (pending[2] >= count)
         mean, deviation = _moments(pending)
         m0, sigma, known = state.total
         ema = self.ema * known  # which is 0 or 1
         moved = torch.stack([ema * m0 + (1 - ema) * mean, ema * sigma + (1 - ema) * deviation, known * 0 + 1])
-        state.total = torch.where(complete, moved, state.total)
+        # a step that diverged is over like any other, and forgotten
+        state.total = torch.where(complete & moved.isfinite().all(), moved, state.total)
         state.pending = torch.where(complete, 0.0, pending)
         state.calls += 1
 

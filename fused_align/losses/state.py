@@ -19,11 +19,6 @@ def all_reduced(x: Tensor, how: str = "SUM") -> Tensor:
     return x
 
 
-def finite(sums: Tensor) -> Tensor:
-    """The sums, or zeros where one of them is not finite: a batch that diverged must not be remembered."""
-    return torch.where(sums.isfinite().all(), sums, 0.0)
-
-
 def zeros(count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.float64)
 

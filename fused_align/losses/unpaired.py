@@ -15,7 +15,7 @@ from torch import Tensor
 from ..batch import IGNORE_INDEX, Batch
 from ..humanline import Humanline, RatioClip
 from .base import Loss
-from .state import State, all_reduced, finite, zeros
+from .state import State, all_reduced, zeros
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ class BCO(UnpairedLoss):
 
     def observe(self, log_ratio: Tensor, batch: Batch, count: float | Tensor) -> None:
         state = self.state.at(log_ratio.device)
-        state.total = state.total + finite(self._sums(self.beta * batch.sum(log_ratio)))
+        sums = self._sums(self.beta * batch.sum(log_ratio))
+        state.total = torch.where(sums.isfinite().all(), state.total + sums, state.total)  # else it diverged
 
     def metrics(self, logp: Tensor, log_ratio: Tensor, batch: Batch) -> dict[str, Tensor]:
         total, count = self.state.at(logp.device).total + self._sums(self.beta * batch.sum(log_ratio))
