@@ -24,7 +24,8 @@ from .state import State
 
 ITEMS = ("token", "sequence", "pair", "batch")  # each is made of some of those before it
 UNITS = {"token": "tokens", "sequence": "sequences", "pair": "pairs"}
-LEARNT = ("entropy", "lse", "average")  # statistics that can be differentiated; "squares" cannot
+LEARNT = ("entropy", "lse", "average")  # statistics that can be differentiated
+STATS = (*LEARNT, "squares")  # and those that `items` can read
 
 Normalizer = float | Tensor | Mapping[str, float | Tensor] | None
 Weights = tuple[Tensor, ...]  # of the items of each part of a loss
@@ -54,8 +55,8 @@ class Loss:
 
     def __init_subclass__(cls, base: bool = False, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        known = isinstance(cls.item, property) or cls.item in ITEMS
-        if not known or isinstance(cls.anchor, str) and cls.anchor not in ("old", "ref"):
+        item_known = isinstance(cls.item, property) or cls.item in ITEMS
+        if not item_known or not isinstance(cls.anchor, property) and cls.anchor not in ("old", "ref", None):
             raise TypeError(
                 f'{cls.__name__}: item must be one of {list(ITEMS)} and anchor "old", "ref" or None; '
                 f"got item={cls.item!r}, anchor={cls.anchor!r}."
@@ -211,6 +212,9 @@ def coarsest(items: Iterable[str]) -> str:
     >>> coarsest(["token", "pair", "sequence"])
     'pair'
     """
+    items = list(items)
+    if not set(items) <= {*ITEMS}:
+        raise ValueError(f"item must be one of {list(ITEMS)}; got {items}.")
     return max(items, key=ITEMS.index)
 
 
@@ -239,6 +243,12 @@ class Objective:
         for _, part in loss.parts:
             if part.anchor == "ref":
                 batch.need("ref_logp", f"{part.name} is measured against a reference model, so it")
+        unknown = [name for name in loss.reads if name not in STATS]
+        if unknown or not set(loss.learnt) <= {*loss.reads} & {*LEARNT}:
+            raise ValueError(
+                f"align_loss: {loss.name}.reads must be some of {list(STATS)}, and learnt some of those but "
+                f"squares; got {list(loss.reads)} and {list(loss.learnt)}."
+            )
         self.loss, self.batch = loss, batch
         self.clip = None if humanline is None else humanline.bind(batch)
         self.parts: list[_Part] = []
@@ -291,11 +301,12 @@ class Objective:
         total = torch.zeros((), dtype=torch.float64, device=logp.device)
         for part, weight in zip(self.parts, weights, strict=True):
             items = part.loss.items(logp, ratios[part.loss.anchor], batch)
-            if items.shape != weight.shape:
+            shape = getattr(items, "shape", None)
+            if shape != weight.shape:
                 raise ValueError(
                     f"{part.loss.name}.items: one number per {part.loss.per} is expected, "
-                    f"{list(weight.shape)}; got {list(items.shape)}. (`item` and `per` of the class say what "
-                    "a number stands for.)"
+                    f"{list(weight.shape)}; got {type(items).__name__ if shape is None else list(shape)}. "
+                    "(`item` and `per` of the class say what a number stands for.)"
                 )
             total = total + (items.double() * weight).sum()
         return total.to(logp.dtype)
@@ -305,8 +316,11 @@ class Objective:
         keeping = [part for part in self.parts if type(part.loss).observe is not Loss.observe]
         if not keeping or not torch.is_grad_enabled():
             return
+        logp, surplus = stats["logp"].detach(), self.batch.surplus
+        if surplus is not None:  # tokens beyond max_live were left out: the loss is NaN, and not remembered
+            logp = torch.where(surplus, torch.nan, logp)
         with torch.no_grad():
-            ratios = self._clipped(stats["logp"].detach(), self.batch)
+            ratios = self._clipped(logp, self.batch)
             for part in keeping:
                 part.loss.observe(ratios[part.loss.anchor], self.batch, part.count)
 

@@ -64,6 +64,7 @@ class PolicyLoss(Loss, base=True):
     anchor = "old"
     rows = "group"  # type: ignore[assignment]
     coupled: ClassVar[str] = "token"  # by the surrogate
+    folds_sampler: ClassVar[bool] = False  # whether the surrogate takes the sampler's correction in itself
 
     def __post_init__(self) -> None:
         self._check("kl", self.kl in ("k1", "k2", "k3"), '"k1", "k2" or "k3"')
@@ -164,8 +165,6 @@ class PolicyLoss(Loss, base=True):
             return d.square() / 2
         d = d.clamp(max=MAX_LOG_RATIO)
         return finite_expm1(d) - d  # near the reference e^d - d - 1 would be all rounding
-
-    folds_sampler: ClassVar[bool] = False  # whether the surrogate takes the sampler's correction in itself
 
     def correction(self, logp: Tensor, batch: Batch) -> Tensor:
         """[n] log of what corrects for the sampler; -inf where it is masked."""

@@ -33,14 +33,15 @@ class Sum(Loss, base=True):
         object.__setattr__(self, "losses", losses)
         if not losses:
             raise ValueError("Sum: losses must hold at least one (weight, loss); got none.")
-        counted: dict[str, Loss] = {}
-        for _, part in self.parts:
-            other = counted.setdefault(part.unit, part)
-            if other.counted != part.counted:
-                raise ValueError(
-                    f"Sum: {other.name} counts {other.counted} and {part.name} {part.counted}, under one "
-                    f"name in `normalizer`, {part.unit!r}. Use SFT(chosen=True) with losses on pairs."
-                )
+        counted: dict[str, tuple[str, str]] = {}
+        for _, loss in losses:
+            for _, part in loss.parts:
+                other, what = counted.setdefault(part.unit, (loss.name, part.counted))
+                if what != part.counted:
+                    raise ValueError(
+                        f"Sum: {other} counts {what} and {loss.name} {part.counted}, under one name in "
+                        f"`normalizer`, {part.unit!r}. Use SFT(chosen=True) with losses on pairs."
+                    )
 
     @property
     def parts(self) -> tuple[tuple[float, Loss], ...]:
