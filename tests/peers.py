@@ -27,6 +27,9 @@ IGNORE = -100
 INSTALL = "install it with: pip install -e '.[test]'"
 #: five pairs; answers of different lengths, one of them empty
 LENGTHS = [7, 3, 1, 0, 5, 4, 8, 2, 6, 3]
+EPS = {"eps_low": 0.2, "eps_high": 0.28}  # of our policy losses
+WIDE = {"eps_low": 0.03, "eps_high": 0.05}  # for ratios of sequences, so that some are clipped
+SEQUENCE = {"importance_sampling_level": "sequence", "epsilon_low": 0.03, "epsilon_high": 0.05}  # peers' WIDE
 
 Function = Callable[[Case], Tensor]
 

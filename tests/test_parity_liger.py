@@ -18,9 +18,12 @@ import pytest
 import torch
 from cases import Case, randn
 from peers import (
+    EPS,
     IGNORE,
     INSTALL,
     LENGTHS,
+    SEQUENCE,
+    WIDE,
     Function,
     at_least_one,
     certain,
@@ -264,10 +267,6 @@ def grpo(
 
     return loss
 
-
-EPS = {"eps_low": 0.2, "eps_high": 0.28}
-WIDE = {"eps_low": 0.03, "eps_high": 0.05}
-SEQUENCE = {"importance_sampling_level": "sequence", "epsilon_low": 0.03, "epsilon_high": 0.05}
 
 GRPO_FAMILY: dict[str, tuple[Function, fa.Loss]] = {
     "grpo": (grpo(), fa.GRPO(**EPS)),

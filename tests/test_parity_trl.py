@@ -24,9 +24,12 @@ import pytest
 import torch
 from cases import Case, generator
 from peers import (
+    EPS,
     IGNORE,
     INSTALL,
     LENGTHS,
+    SEQUENCE,
+    WIDE,
     Function,
     OwnHead,
     at_least_one,
@@ -312,10 +315,6 @@ def test_an_empty_answer_makes_trls_mean_nan(peer: Function, loss: fa.Loss):
 
 
 # --- policy gradients: GRPOTrainer ---
-
-EPS = {"eps_low": 0.2, "eps_high": 0.28}
-WIDE = {"eps_low": 0.03, "eps_high": 0.05}
-SEQUENCE = {"importance_sampling_level": "sequence", "epsilon_low": 0.03, "epsilon_high": 0.05}
 
 GRPO_FAMILY: dict[str, tuple[Function, fa.Loss]] = {
     "grpo": (grpo(), fa.GRPO(**EPS)),
