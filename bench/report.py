@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import fused_align as fa
+from fused_align.backends.operands import Head
 from fused_align.linear.ops import make_problem
-from fused_align.linear.passes import Head
 from fused_align.linear.plan import choose
 from fused_align.losses.policy import PolicyLoss
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .backends.operands import STATS, Head
 from .batch import Batch
 from .humanline import Humanline, HumanlineSampling, RatioClip
 from .linear.fused import Call, fused_loss, item_sizes
 from .linear.logp import autocast_dtype, check_call, waist
-from .linear.ops import STATS, make_problem
-from .linear.passes import Head
+from .linear.ops import make_problem
 from .linear.plan import COMPLETE, Problem, choose
 from .losses.base import Loss, Normalizer, Objective, coarsest
 from .rows import Rows
@@ -80,11 +80,12 @@ def align_loss(
     )  # fmt: skip
     live = batch.live(max_live)
     objective = Objective(loss, live, humanline, normalizer)
-    head = Head(weight, bias, logit_scale, softcap, autocast_dtype(hidden, weight), precision == "bf16")
+    backend = backends.pick(backend, hidden.device)
+    operand = autocast_dtype(hidden, weight)
+    head = Head(weight, bias, logit_scale, softcap, operand, precision == "bf16", backend)
     flat = hidden.reshape(-1, hidden.shape[-1])
     promises = {"main_grad": main_grad is not None, "scale_known": grad_scale is not None}
     problem = loss_problem(head, flat, live, loss, humanline, **promises)
-    backend = backends.pick(backend, hidden.device)
     chosen = choose(problem, plan, workspace_bytes)
     temper = temperature.detach().reshape(-1) if isinstance(temperature, Tensor) else temperature
     if chosen.name in COMPLETE and backend != "eager":

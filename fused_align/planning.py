@@ -9,11 +9,11 @@ from torch import Tensor
 
 from . import backends
 from .api import loss_problem
+from .backends.operands import Head
 from .batch import IGNORE_INDEX, Batch
 from .humanline import RatioClip
 from .linear.logp import autocast_dtype, check_call
 from .linear.ops import make_problem
-from .linear.passes import Head
 from .linear.plan import MIB, Problem, budget, candidates, check_plan, choose, gemm_dtype
 from .losses.base import Loss
 
@@ -62,7 +62,9 @@ def explain(
         main_grad=main_grad,
     )  # fmt: skip
     check_plan(plan)
-    head = Head(weight, bias, logit_scale, softcap, autocast_dtype(hidden, weight), precision == "bf16")
+    backend = backends.pick(backend, hidden.device)
+    operand = autocast_dtype(hidden, weight)
+    head = Head(weight, bias, logit_scale, softcap, operand, precision == "bf16", backend)
     flat = hidden.reshape(-1, hidden.shape[-1])
     if isinstance(target, Batch) and loss is not None:
         problem = loss_problem(
@@ -79,14 +81,13 @@ def explain(
             grad_hidden=grad_hidden, grad_head=grad_head, main_grad=main_grad is not None,
             static=max_live is not None,
         )  # fmt: skip
-    return "\n".join(_lines(problem, backend, plan, workspace_bytes))
+    return "\n".join(_lines(problem, plan, workspace_bytes))
 
 
-def _lines(problem: Problem, backend: str, plan: str, workspace_bytes: int | None) -> list[str]:
+def _lines(problem: Problem, plan: str, workspace_bytes: int | None) -> list[str]:
     available = budget(workspace_bytes, problem)
     seconds = _seconds_per_flop(problem) * 2 * problem.rows * problem.vocab * problem.hidden
     chosen = choose(problem, plan, workspace_bytes).name
-    picked = backends.pick(backend, problem.device)
     wanted = [name for name in ("hidden", "head") if getattr(problem, f"grad_{name}")]
     lines = [
         f"{problem.rows} live of {problem.given} tokens, H={problem.hidden}, V={problem.vocab}, hidden "
@@ -98,7 +99,7 @@ def _lines(problem: Problem, backend: str, plan: str, workspace_bytes: int | Non
         "backend",
     ]
     for name, reason in backends.table(problem.device):
-        lines.append(f"{name:10s} {'runs' if name == picked else reason or 'usable'}")
+        lines.append(f"{name:10s} {'runs' if name == problem.backend else reason or 'usable'}")
     lines += ["", f"{'plan':10s} {'passes':>6s} {'time':>9s} {'MiB':>8s} {'rows x cols':>14s}"]
     for found in candidates(problem, available):
         if found.plan is None:
@@ -109,7 +110,7 @@ def _lines(problem: Problem, backend: str, plan: str, workspace_bytes: int | Non
             f"{found.name:10s} {found.passes:6.2f} {_time(found.cost * seconds):>9s} "
             f"{found.nbytes / MIB:8.1f} {sizes:>14s}{_verdict(found.name, chosen, plan)}"
         )
-    if picked == "eager":
+    if problem.backend == "eager":
         lines.append("backend eager holds full logits, whatever the plan")
     return lines
 

@@ -4,6 +4,10 @@ import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # kernels then run in Python; Triton looks when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import settings
 
 settings.register_profile(

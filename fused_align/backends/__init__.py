@@ -1,16 +1,141 @@
-"""The backends: who computes the steps of a plan. `pick` chooses one, and never falls back in silence."""
+"""The backends: who computes the steps of a plan. `pick` chooses one, and never falls back in silence.
+
+A backend is a module with `why_not(device)`; one with steps of its own has those of `Steps` too. What needs
+more than torch is imported when it is first used.
+"""
 
 from __future__ import annotations
 
+import os
 from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
-from . import eager, torch_
+from . import eager, torch_, triton_
 
-# In the order "auto" tries them. eager holds full logits: it is the oracle and only ever runs by name.
-_TABLE: dict[str, ModuleType] = {"torch": torch_, "eager": eager}
-_AUTO = ("torch",)
+if TYPE_CHECKING:
+    from ..rows import Rows
+    from .operands import Chunk, Coefficients, Head, Scratch, Upstream
+
+_TABLE: dict[str, ModuleType] = {"triton": triton_, "torch": torch_, "eager": eager}
+_AUTO = ("triton", "torch")  # in the order "auto" tries them
+
+
+class Steps(Protocol):
+    """What a backend implements, on one tile of the vocabulary or on vectors of rows; documented in `torch_`."""
+
+    def watching_is_free(self, device: torch.device) -> bool: ...
+
+    def extra_tiles(self, capped: bool, mixed: bool) -> int: ...
+
+    def gemm(
+        self,
+        out: Tensor,
+        a: Tensor,
+        b: Tensor,
+        *,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        split: bool = False,
+        spare: Tensor | None = None,
+    ) -> None: ...
+
+    # rows
+
+    def open_rows(
+        self, head: Head, x: Tensor, target: Tensor, inverse: float | Tensor, work: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
+
+    def finish_rows(self, chunk: Chunk) -> Tensor: ...
+
+    def lost(self, chunk: Chunk) -> Tensor: ...
+
+    def close_product(self, product: Tensor, chunk: Chunk) -> None: ...
+
+    def coefficients(
+        self, chunk: Chunk, up: Upstream, entropy: Tensor | None = None, *, vocab: int
+    ) -> Coefficients: ...
+
+    # tiles
+
+    def exp_tile(
+        self,
+        head: Head,
+        chunk: Chunk,
+        weight: Tensor,
+        bias: Tensor | None,
+        start: int,
+        tile: Tensor,
+        out: Tensor | None,
+        product: Tensor | None,
+        scratch: Scratch,
+        *,
+        watch: bool,
+        static: bool,
+    ) -> None: ...
+
+    def grad_tile(
+        self,
+        head: Head,
+        chunk: Chunk,
+        coef: Coefficients,
+        weight: Tensor,
+        bias: Tensor | None,
+        start: int,
+        tile: Tensor,
+        out: Tensor,
+        scratch: Scratch,
+    ) -> None: ...
+
+    def kept_tile(
+        self,
+        chunk: Chunk,
+        coef: Coefficients,
+        ref: Tensor,
+        kept: Tensor,
+        live: Tensor | None,
+        out: Tensor,
+        scratch: Scratch,
+    ) -> None: ...
+
+    # gradients
+
+    def scaled_rows(self, x: Tensor, coef: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+    def store_hidden(
+        self,
+        out: Tensor,
+        index: slice | Tensor,
+        product: Tensor,
+        scale: Tensor,
+        head: Head,
+        target: Tensor,
+        coef: Coefficients,
+        average: Tensor | None,
+    ) -> None: ...
+
+    def add_hidden_rows(
+        self,
+        out: Tensor,
+        column: Tensor,
+        x: Tensor | None,
+        coef: Tensor,
+        rows: Rows | None = None,
+        head: Head | None = None,
+    ) -> None: ...
+
+    def add_products(self, out: Tensor, tile: Tensor, coef: Tensor) -> None: ...
+
+
+def steps(name: str) -> Steps:
+    """The steps of a backend; those of torch for eager, which is dense and only plans with them."""
+    if name == "triton":
+        from .triton_ import steps as triton_steps
+
+        return triton_steps
+    return torch_
 
 
 def table(device: torch.device | str = "cpu") -> list[tuple[str, str | None]]:
@@ -19,17 +144,24 @@ def table(device: torch.device | str = "cpu") -> list[tuple[str, str | None]]:
 
 
 def pick(name: str, device: torch.device) -> str:
-    """The backend to run: by name, or "auto" for the first usable one.
+    """The backend to run: by name, or "auto" for FUSED_ALIGN_BACKEND, else the first usable one.
 
     Raises:
         ValueError: there is no such backend.
         RuntimeError: the backend asked for by name cannot run, with its reason.
     """
-    if name == "auto":
-        return next(choice for choice in _AUTO if _TABLE[choice].why_not(device) is None)
-    if name not in _TABLE:
-        raise ValueError(f'backend must be "auto" or one of {sorted(_TABLE)}; got {name!r}.')
-    reason = _TABLE[name].why_not(device)
+    asked = (os.environ.get("FUSED_ALIGN_BACKEND") or "auto") if name == "auto" else name
+    if asked == "auto":
+        return next(choice for choice in _AUTO if _suits(choice, device))
+    if asked not in _TABLE:
+        where = " (from FUSED_ALIGN_BACKEND)" if asked != name else ""
+        raise ValueError(f'backend must be "auto" or one of {sorted(_TABLE)}; got {asked!r}{where}.')
+    reason = _TABLE[asked].why_not(device)
     if reason is not None:
-        raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
-    return name
+        raise RuntimeError(f"backend {asked!r} cannot run here: {reason}")
+    return asked
+
+
+def _suits(name: str, device: torch.device) -> bool:
+    """Whether "auto" may take it: Triton's interpreter on a CPU is for tests alone."""
+    return (name != "triton" or device.type != "cpu") and _TABLE[name].why_not(device) is None

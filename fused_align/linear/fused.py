@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backends.operands import STATS, Chunk, Coefficients, Head, Upstream
 from ..batch import Batch
 from ..losses.base import Objective, Weights
 from ..rows import Rows
-from .coefficients import Coefficients, Upstream, coefficients, live_places
-from .gradients import Gradients, Targets
-from .ops import STATS, check_range, check_temperature, per_row, run_walk
-from .passes import Chunk, Head, Walk, load
+from .gradients import Gradients, Targets, live_places
+from .ops import check_range, check_temperature, per_row, run_walk
+from .passes import Walk, load
 from .plan import Plan, Problem
 
 PROMISE = 1e-5  # how far from grad_scale the upstream gradient may be: factors are multiplied in float32
@@ -100,10 +100,8 @@ def fused_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) 
 class _Evaluated:
     stats: Tensor  # [5, r], as STATS
     loss: Tensor  # []
-    up: Upstream
-    order: Tensor  # [r] rows with a coefficient first, in order
+    coef: Coefficients
     ref: Tensor  # [r] the references before steep coefficients moved some
-    counts: Tensor  # [3] rows with a coefficient; whether rows were lost; whether references moved
 
 
 class _Run:
@@ -147,11 +145,10 @@ class _Run:
         return load(call.head, x, y, per_row(call.temperature, rows), stats=self.reads, average=self.average)
 
     def _stats(self, chunk: Chunk, target: Tensor) -> Tensor:  # -> [5, r]
-        found = chunk.stats()
+        found = self.call.head.steps.finish_rows(chunk)
         if self.target is not self.call.objective.batch.target:  # not checked, but made safe
-            found["logp"] = torch.where(chunk.target == target, found["logp"], torch.nan)
-        zero = torch.zeros_like(found["logp"])
-        return torch.stack([found.get(name, zero) for name in STATS]).to(self.call.problem.work)
+            found[0] = torch.where(chunk.target == target, found[0], torch.nan)
+        return found
 
     def _upstream(self, stats: Tensor, part: Batch, weights: Weights) -> tuple[Tensor, Upstream]:
         """The part of the loss of whole items, and its gradients by their statistics."""
@@ -174,41 +171,40 @@ class _Run:
         chunk = self._load(places, rows, slice(None))
         kept = walk.complete(len(rows))
         walk.walk(chunk, kept, None, watch=walk.watches)
-        found = self._evaluate(walk, chunk, part, weights)
+        found = self._evaluate(chunk, part, weights)
         count, moved = len(rows), True
         if not self.call.problem.static:
-            count, lost, moved = found.counts.tolist()  # one small copy to the host
+            count, lost, moved = found.coef.tally()  # one small copy to the host
             if lost and not walk.watches:
                 chunk.restart(self.call.head)
                 walk.walk(chunk, kept, None, watch=True)
-                found = self._evaluate(walk, chunk, part, weights)
-                count, _, moved = found.counts.tolist()
+                found = self._evaluate(chunk, part, weights)
+                count, _, moved = found.coef.tally()
         if not moved:
             chunk.ref = found.ref
         self.loss += found.loss
         self.stats[:, places] = found.stats
         if not count:
             return
-        coef, live = self._coefficients(chunk, found.up, found.stats), None
+        coef, live = found.coef, None
         if count < len(rows):
-            live = found.order[:count]
+            assert coef.order is not None
+            live = coef.order[:count]
             rows, chunk, coef = rows[live], chunk.part(live), coef.part(live)
         ends = None
         if into.sliced:
             ends = Targets(walk, self.hidden, rows, chunk.target, coef.target, self.call.problem.static)
         into.add(rows, slice(0), chunk, coef, kept=kept, live=live, ends=ends)
 
-    def _evaluate(self, walk: Walk, chunk: Chunk, part: Batch, weights: Weights) -> _Evaluated:
-        """A chunk's loss and coefficients after its walk, and what the host may want to know of them."""
-        stats = self._stats(chunk, part.target)
+    def _evaluate(self, chunk: Chunk, part: Batch, weights: Weights) -> _Evaluated:
+        """A chunk's loss and coefficients after its walk."""
+        stats, ref = self._stats(chunk, part.target), chunk.ref
         loss, up = self._upstream(stats, part, weights)
-        ref, lost, alive = chunk.ref, walk.lost(chunk), up.alive()
-        chunk.tame(up.size())
-        counts = torch.stack([alive.sum(), lost.long(), (chunk.ref != ref).any().long()])
-        return _Evaluated(stats, loss, up, torch.sort(~alive, stable=True).indices, ref, counts)
+        return _Evaluated(stats, loss, self._coefficients(chunk, up, stats), ref)
 
     def _coefficients(self, chunk: Chunk, up: Upstream, stats: Tensor) -> Coefficients:
-        return coefficients(chunk, up, stats[STATS.index("entropy")], vocab=self.call.problem.vocab)
+        entropy = stats[STATS.index("entropy")]
+        return self.call.head.steps.coefficients(chunk, up, entropy, vocab=self.call.problem.vocab)
 
     def _apart(
         self,
@@ -236,7 +232,6 @@ class _Run:
             live = live_places(some.alive())
             if not live.numel():
                 continue
-            chunk.tame(some.size())
             coef = self._coefficients(chunk, some, stats[:, at])
             piece = piece[live]
             x = self.call.head.operands(piece.take(self.hidden))

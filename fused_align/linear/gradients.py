@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..backends import torch_ as steps
+from ..backends.operands import Chunk, Coefficients, Head
 from ..rows import Rows
-from .coefficients import Coefficients
-from .passes import Chunk, Head, Walk
+from .passes import Walk
+
+# A GEMM of fewer rows may add in another order than that of a whole chunk. Where logits are large, E that is
+# built again would then not fit the sums of the first walk. So dead rows are dropped down to this many.
+FEW = 16
 
 
 class Gradients:
@@ -35,7 +38,7 @@ class Gradients:
         late: bool = False,  # the upstream gradient comes later
         padded: bool = False,  # Rows with padding, which write to a spare row
     ) -> None:
-        self.walk, self.head, self.average = walk, walk.head, average
+        self.walk, self.head, self.steps, self.average = walk, walk.head, walk.steps, average
         weight, work, device = self.head.weight, walk.work, hidden.device
         rows, size = hidden.shape
 
@@ -84,7 +87,7 @@ class Gradients:
         tiles = list(self.walk.tiles())
         scaled = None
         if parts[1] and (self.sum is not None or self.sliced):
-            scaled = (chunk.x * coef.rows[:, None]).to(self.walk.gemm_dtype)
+            scaled = self.steps.scaled_rows(chunk.x, coef.rows, self.walk.gemm_dtype)
         dhidden = self._rows_of_hidden(rows, places) if parts[0] else None
         if parts[1] and only in (None, 0):
             self._add_vectors(chunk, coef)
@@ -101,12 +104,11 @@ class Gradients:
             if ends is not None:
                 self.round_slice(start, stop, ends)
             if self.bias is not None and parts[1]:
-                _add_products(self.bias[start:stop], tile, coef.rows)
+                self.steps.add_products(self.bias[start:stop], tile, coef.rows)
         if scaled is not None and self.sum is not None:
-            steps.add_hidden_rows(self.sum, chunk.target, chunk.x, coef.target)
+            self.steps.add_hidden_rows(self.sum, chunk.target, chunk.x, coef.target)
         if dhidden is not None and only in (None, len(tiles) - 1):
-            dhidden.mul_(coef.rows[:, None])
-            self.store_hidden(rows, dhidden, chunk, coef)
+            self._store_hidden(rows, dhidden, coef.rows, chunk, coef)
 
     def add_all(
         self,
@@ -141,7 +143,7 @@ class Gradients:
     def _add_vectors(self, chunk: Chunk, coef: Coefficients) -> None:
         assert chunk.x is not None
         if self.bias is not None:
-            self.bias.index_add_(0, chunk.target, coef.target)
+            self.steps.add_hidden_rows(self.bias[:, None], chunk.target, None, coef.target)
             if coef.average is not None:
                 self.bias.add_(coef.average.sum() / self.bias.numel())
         if self.uniform is not None and coef.average is not None:
@@ -162,22 +164,21 @@ class Gradients:
             return self.rows[places]
         return self.hidden.new_empty(len(rows), self.hidden.shape[1], dtype=self.walk.work)
 
-    def store_hidden(self, rows: Rows, dhidden: Tensor, chunk: Chunk, coef: Coefficients) -> None:
-        """Completes dhidden [r, H] of a chunk by the rows of the weight that do not come through E."""
-        steps.add_target_rows(dhidden, self.head.weight, chunk.target, coef.target, self.head.operand)
-        if coef.average is not None and self.average is not None:
-            dhidden.addr_(coef.average.to(dhidden.dtype), self.average.to(dhidden.dtype))
-        if self.hidden is not None and not self._in_place(rows):
-            self.hidden[rows.index] = dhidden.to(self.hidden.dtype)
+    def _store_hidden(
+        self, rows: Rows, product: Tensor, scale: Tensor, chunk: Chunk, coef: Coefficients
+    ) -> None:
+        """Completes dhidden of a chunk: scale [r] * product [r, H] and what does not come through E."""
+        assert self.hidden is not None
+        self.steps.store_hidden(
+            self.hidden, rows.index, product, scale, self.head, chunk.target, coef, self.average
+        )
 
     def add_jacobian(
         self, rows: Rows, chunk: Chunk, product: Tensor, others: Tensor, coef: Coefficients
     ) -> None:
         """dhidden of a chunk: others [r] times product [r, H] = (1/Z) (E f) @ W, and the targets' rows."""
-        dhidden = self._rows_of_hidden(rows, slice(0))
-        if dhidden is not None:
-            torch.mul(product, others[:, None], out=dhidden)
-            self.store_hidden(rows, dhidden, chunk, coef)
+        if self.hidden is not None:
+            self._store_hidden(rows, product, others, chunk, coef)
 
     def round_slice(self, start: int, stop: int, targets: Targets) -> None:
         """Writes a slice of dweight, complete now but for the targets in it."""
@@ -211,7 +212,7 @@ class Targets:
         self, walk: Walk, hidden: Tensor, rows: Rows, target: Tensor, coef: Tensor, static: bool
     ) -> None:
         self.hidden, self.rows, self.target, self.coef = hidden, rows, target, coef
-        self.block, self.bounds, self.order = walk.block, None, None
+        self.bounds, self.order = None, None
         if not static:  # one small copy to the host
             self.order = target.argsort(stable=True)
             edges = torch.arange(1, len(list(walk.tiles())) + 1, device=target.device) * walk.cols
@@ -225,15 +226,15 @@ class Targets:
         else:
             number = start // self.cols
             mine = self.order[self.bounds[number] : self.bounds[number + 1]]
-        for index in mine.split(self.block):
-            column, coef = self.target[index] - start, self.coef[index]
-            inside = (column >= 0) & (column < part.shape[0])
-            x = head.operands(self.rows[index].take(self.hidden))
-            steps.add_hidden_rows(part, torch.where(inside, column, 0), x, torch.where(inside, coef, 0.0))
+        column, coef = self.target[mine] - start, self.coef[mine]
+        inside = (column >= 0) & (column < part.shape[0])
+        column, coef = torch.where(inside, column, 0), torch.where(inside, coef, 0.0)
+        head.steps.add_hidden_rows(part, column, self.hidden, coef, self.rows[mine], head)
 
 
-def _add_products(out: Tensor, tile: Tensor, coef: Tensor) -> None:
-    """out [v] += coef [r] @ tile [r, v], in out's dtype whatever the tile's."""
-    block = tile.shape[0] if tile.dtype == out.dtype else max(1, steps.GATHER_BYTES // (4 * tile.shape[1]))
-    for part, c in zip(tile.split(block), coef.split(block), strict=True):
-        out.addmv_(part.t().to(out.dtype), c)
+def live_places(alive: Tensor) -> Tensor:  # [n] bool -> [k] int64
+    """Places of the rows to build again: those alive and, where these are few, some others."""
+    places = alive.nonzero().squeeze(1)
+    if not 0 < places.numel() < FEW:
+        return places
+    return torch.sort(~alive, stable=True).indices[:FEW].sort().values

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.eager import dense_stats
+from ..backends.operands import STATS, work_dtype
 from ..batch import IGNORE_INDEX
 from ..rows import Rows
 from . import ops
-from .passes import work_dtype
 from .plan import check_plan
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -198,6 +198,7 @@ def waist(
         None if softcap is None else float(softcap),
         autocast_dtype(hidden, weight),
         precision == "bf16",
+        backend,
         workspace_bytes,
         max_live,
         plan,
@@ -206,7 +207,7 @@ def waist(
         grad and hidden.requires_grad,
         grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
     )
-    named: dict[str, Tensor] = dict(zip(ops.STATS, found, strict=False))  # the backward's follow
+    named: dict[str, Tensor] = dict(zip(STATS, found, strict=False))  # the backward's follow
     return {name: named[name] for name in ("logp", "lse", *stats)}
 
 

@@ -11,16 +11,13 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from ..backends.operands import STATS, Chunk, Coefficients, Head, Upstream, work_dtype
 from ..batch import IGNORE_INDEX
 from ..rows import Rows
-from .coefficients import Coefficients, Upstream, coefficients, live_places
-from .gradients import Gradients, Targets
-from .passes import Chunk, Head, Walk, load, reload, work_dtype
+from .gradients import Gradients, Targets, live_places
+from .passes import Walk, load, reload
 from .plan import Plan, Problem, choose
 from .workspace import lease
-
-#: the statistics of a token that a walk can give; the first two always
-STATS = ("logp", "lse", "entropy", "average", "squares")
 
 
 def check_range(target: Tensor, vocab: int) -> Tensor:  # [n] live
@@ -68,6 +65,7 @@ def make_problem(
         weight_dtype=head.weight.dtype,
         operand=head.operand,
         rounded=head.rounded,
+        backend=head.backend,
         device=hidden.device,
         grad_hidden=grad_hidden,
         grad_head=grad_head,
@@ -116,6 +114,7 @@ def _forward(
     softcap: float | None,
     operand: torch.dtype | None,
     rounded: bool,
+    backend: str,
     workspace_bytes: int | None,
     max_live: int | None,
     plan: str,
@@ -128,7 +127,7 @@ def _forward(
 
     state: z, ref, S and, under a cap, the target's slope. All are 0 where ignored.
     """
-    head = Head(weight, bias, logit_scale, softcap, operand, rounded)
+    head = Head(weight, bias, logit_scale, softcap, operand, rounded, backend)
     work = work_dtype(hidden, weight)
     rows = Rows.where(target != IGNORE_INDEX, max_live)
     y = rows.take(target)
@@ -143,7 +142,7 @@ def _forward(
     )  # fmt: skip
     chosen = choose(problem, "jacobian" if jacobian else plan, workspace_bytes)
     means = head.average(chosen.cols, work) if "average" in stats else None
-    found = _Found(hidden, work, rows, softcap is not None, stats, jacobian)
+    found = _Found(head, hidden, rows, stats, jacobian)
 
     def body(walk: Walk) -> None:
         for part, at in rows.split(chosen.rows):
@@ -157,23 +156,20 @@ def _forward(
         run_walk(head, chosen, problem, body)
     if rows.valid is not None:  # rows beyond max_live, where that was no error
         surplus = (target != IGNORE_INDEX) & (rows.spread(rows.valid.to(work)) == 0)
-        found.stats["logp"][: rows.size].masked_fill_(surplus, torch.nan)
-    return found.outputs(rows.size)
+        found.table[0, : rows.size].masked_fill_(surplus, torch.nan)
+    return found.outputs()
 
 
 class _Found:
     """What the forward returns, under construction; padding writes to a spare row at the end."""
 
-    def __init__(
-        self, hidden: Tensor, work: torch.dtype, rows: Rows, capped: bool, stats: str, jacobian: bool
-    ) -> None:
-        def new(*shape: int) -> Tensor:
-            return hidden.new_zeros(shape, dtype=work)
-
+    def __init__(self, head: Head, hidden: Tensor, rows: Rows, stats: str, jacobian: bool) -> None:
+        self.steps, self.stats, self.size = head.steps, ("logp", "lse", *stats.split()), rows.size
         width = rows.size + (rows.valid is not None)
-        self.stats = {name: new(width if name in ("logp", "lse", *stats.split()) else 0) for name in STATS}
-        self.state = new(4 if capped else 3, width)
-        self.product = new(width, hidden.shape[1]) if jacobian else new(0)
+        count = len(STATS) + (3 if head.softcap is None else 4)
+        work = work_dtype(hidden, head.weight)
+        self.table = hidden.new_zeros((count, width), dtype=work)  # STATS, and the state
+        self.product = hidden.new_zeros((width, hidden.shape[1]) if jacobian else 0, dtype=work)
 
     def product_of(self, part: Rows) -> Tensor:
         """Where E @ W of a chunk is summed: in place where it can be."""
@@ -183,28 +179,28 @@ class _Found:
 
     def put(self, part: Rows, chunk: Chunk, inside: Tensor | None, product: Tensor | None) -> None:
         """The results of a chunk. inside: which targets lie in the vocabulary, where it is not checked."""
-        index, work = part.index, self.state.dtype
-        for name, stat in chunk.stats().items():
-            if name == "logp" and inside is not None:
-                stat = torch.where(inside, stat, torch.nan)
-            self.stats[name][index] = stat.to(work)
-        self.state[0, index], self.state[1, index], self.state[2, index] = chunk.z, chunk.ref, chunk.total
-        if chunk.slope is not None:
-            self.state[3, index] = chunk.slope
+        found = self.steps.finish_rows(chunk)
+        if inside is not None:
+            found[0] = torch.where(inside, found[0], torch.nan)
+        state = [chunk.z, chunk.ref, chunk.total] + ([] if chunk.slope is None else [chunk.slope])
+        self.table[:, part.index] = torch.cat([found, torch.stack(state)])
         if product is not None:
-            product.mul_((chunk.finish()[3] * chunk.factor).to(work)[:, None])
-            if not isinstance(index, slice):
-                self.product[index] = product
+            self.steps.close_product(product, chunk)
+            if not isinstance(part.index, slice):
+                self.product[part.index] = product
 
-    def outputs(self, size: int) -> list[Tensor]:
-        state = self.state[:, :size].contiguous()
-        return [*(vector[:size] for vector in self.stats.values()), state, self.product[:size]]
+    def outputs(self) -> list[Tensor]:
+        table = self.table[:, : self.size]
+        stats = [
+            table[i].clone() if name in self.stats else table.new_empty(0) for i, name in enumerate(STATS)
+        ]
+        return [*stats, table[len(STATS) :].clone(), self.product[: self.size]]
 
 
 @_forward.register_fake
 def _(
     hidden, weight, bias, target, temperature, main_grad, scalar_temperature, logit_scale, softcap, operand,
-    rounded, workspace_bytes, max_live, plan, stats, learnt, grad_hidden, grad_head,
+    rounded, backend, workspace_bytes, max_live, plan, stats, learnt, grad_hidden, grad_head,
 ):  # fmt: skip
     work, rows = work_dtype(hidden, weight), target.shape[0]
     jacobian = _is_jacobian(plan, grad_hidden and not grad_head, learnt, softcap is not None)
@@ -238,6 +234,7 @@ def _backward(
     softcap: float | None,
     operand: torch.dtype | None,
     rounded: bool,
+    backend: str,
     workspace_bytes: int | None,
     max_live: int | None,
     grad_hidden: bool,
@@ -245,7 +242,7 @@ def _backward(
     grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dhidden [M, H], dweight [V, H], dbias [V], each [0] where not needed."""
-    head = Head(weight, bias, logit_scale, softcap, operand, rounded)
+    head = Head(weight, bias, logit_scale, softcap, operand, rounded, backend)
     jacobian = product.numel() > 0
     every = Upstream(dlogp, dlse, dentropy, daverage)
     learnt = [name for name, d in (("entropy", dentropy), ("average", daverage)) if d is not None]
@@ -262,12 +259,12 @@ def _backward(
     chosen = choose(problem, "jacobian" if jacobian else "recompute", workspace_bytes)
     up = Upstream(*(None if c is None else rows.take(c) for c in (dlogp, dlse, dentropy, daverage)))  # type: ignore[arg-type]
     temper = scalar_temperature if temperature is None else per_row(temperature, rows)
-    whole = reload(head, y, temper, rows.take(state.t()).t())
+    whole = reload(head, y, temper, rows.take(state.t()).t().contiguous())
     if rows.valid is not None:  # padding, of which nothing was saved: E is 0 whatever the bias
         whole.ref = torch.where(rows.valid, whole.ref, 2.0**20)
         whole.total = torch.where(rows.valid, whole.total, 1.0)
-    whole.tame(up.size())
-    coef = coefficients(whole, up, None if dentropy is None else rows.take(entropy), vocab=weight.shape[0])
+    known = None if dentropy is None else rows.take(entropy)
+    coef = head.steps.coefficients(whole, up, known, vocab=weight.shape[0])
     means = None if daverage is None or softcap is not None else head.average(chosen.cols, problem.work)[0]
     parts = list(rows.split(chosen.rows))
     grads = [hidden.new_empty(0) for _ in range(3)]
@@ -299,7 +296,7 @@ def _backward(
 @_backward.register_fake
 def _(
     dlogp, dentropy, dlse, daverage, hidden, weight, bias, target, temperature, main_grad, entropy, state,
-    product, scalar_temperature, logit_scale, softcap, operand, rounded, workspace_bytes, max_live,
+    product, scalar_temperature, logit_scale, softcap, operand, rounded, backend, workspace_bytes, max_live,
     grad_hidden, grad_weight, grad_bias,
 ):  # fmt: skip
     def like(tensor, needed):
@@ -318,8 +315,8 @@ def _setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # zeros of product's size, for an output that no one differentiates
     ctx.save_for_backward(hidden, weight, bias, target, temperature, entropy, state, product)
     ctx.main_grad = main_grad  # not saved: other backwards may have added to it meanwhile
-    ctx.options = inputs[6:13]
-    ctx.learnt = inputs[15].split()
+    ctx.options = inputs[6:14]
+    ctx.learnt = inputs[16].split()
 
 
 def _autograd(ctx, grads):
@@ -339,7 +336,7 @@ def _autograd(ctx, grads):
         grad if need and not (into_main and place == 1) else None
         for place, (grad, need) in enumerate(zip(found, needs, strict=True))
     )
-    return dhidden, dweight, dbias, *(None,) * 15
+    return dhidden, dweight, dbias, *(None,) * 16
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)

@@ -23,8 +23,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import backends
+from ..backends.operands import HALF
 from ..backends.torch_ import GATHER_BYTES as STEP_BYTES
-from ..backends.torch_ import HALF, SPARE, SQUARED_COLS
+from ..backends.torch_ import SPARE, SQUARED_COLS
 
 PLANS = ("auto", "score", "jacobian", "single", "window", "recompute")
 MIB = 1 << 20
@@ -62,6 +64,7 @@ class Problem:
     device: torch.device
     grad_hidden: bool
     grad_head: bool  # weight or bias
+    backend: str = "torch"
     capped: bool = False
     entropy: bool = False  # forward
     entropy_grad: bool = False
@@ -101,12 +104,17 @@ class Problem:
         """Rows of items that are too large for a chunk of `rows`."""
         return sum(size for size in self.sizes if size > rows)
 
+    @property
+    def extra_tiles(self) -> int:
+        """Scratch tiles that the steps use besides that of the logits."""
+        mixed = self.entropy or self.entropy_grad or (self.average_grad and self.capped)
+        return backends.steps(self.backend).extra_tiles(self.capped, mixed)
+
     def scratch(self, plan: str, rows: int, cols: int) -> tuple[int, int, int]:
         """Bytes of scratch: tiles, parts of 16-bit products, complete rows."""
         size, area, complete = self.work.itemsize, rows * cols, plan in COMPLETE
-        mixed = self.entropy or self.entropy_grad or (self.average_grad and self.capped)
-        tiles = size * area * (1 + self.capped + mixed)
-        if self.low and not mixed:
+        tiles = size * area * (1 + self.extra_tiles)
+        if self.low:
             tiles += 2 * area  # a tile rounded for the gradient GEMMs
         spare = (
             SPARE * max(area, rows * self.hidden, cols * self.hidden) + 256 if self.low and self.on_cpu else 0

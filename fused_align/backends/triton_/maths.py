@@ -1,0 +1,51 @@
+"""What several kernels compute per number: functions that Triton lacks, or lacks in the interpreter."""
+
+import math
+
+import triton
+import triton.language as tl
+
+from ..operands import LN2 as LN2_
+from ..operands import LOG2E as LOG2E_
+
+LN2 = tl.constexpr(LN2_)
+LOG2E = tl.constexpr(LOG2E_)
+INF = tl.constexpr(math.inf)
+
+
+@triton.jit
+def log1p(u):
+    """log(1 + u) for u >= 0, with the digits of a small u (W. Kahan's correction)."""
+    w = 1 + u
+    return tl.where(w == 1, u, tl.log(w) * (u / tl.where(w == 1, 1.0, w - 1)))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x)."""
+    return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def capped(x):
+    """tanh x, and 1 - tanh^2 x, both to the last digits but one."""
+    # near 0, where the formula by exponentials cancels, tanh is its series
+    NEAR: tl.constexpr = 0.02 if x.dtype == tl.float64 else 0.25
+    e = tl.exp(-2 * tl.abs(x))
+    ratio = (1 - e) / (1 + e)
+    q = x * x
+    series = 1 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835 - q * (1382 / 155925)))))
+    tanh = tl.where(tl.abs(x) < NEAR, x * series, tl.where(x < 0, -ratio, ratio))
+    return tanh, 4 * e / ((1 + e) * (1 + e))
+
+
+@triton.jit
+def finish(z, ref, total):
+    """z, ref, S of rows, float64 -> logp, 1 - p_y, 1/Z, offset.
+
+    offset turns an exponent into (z_v - z_y) log2 e; what 2^-offset is to the target, E is to the others.
+    """
+    offset = ref - z * LOG2E
+    logp = -softplus(tl.log(total) + offset * LN2)
+    inverse = 1 / (total + tl.exp2(-offset))
+    return logp, total * inverse, inverse, offset

@@ -1,0 +1,518 @@
+"""The fused loss kernels against the losses themselves, Objective.total and autograd, and against the oracles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from cases import HUMANLINE, LOSSES, Case, leaves_of, loss_id, make_case, oracle_loss, randn
+from tolerances import LOSS, check_grad, check_loss
+from torch import Tensor
+
+import fused_align as fa
+import oracles
+from fused_align.losses.base import Objective
+
+pytest.importorskip("triton")
+from fused_align.backends.triton_ import losses as kernels  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LENGTHS = [7, 0, 10, 3, 1, 9]
+WIDTH = 10
+
+#: options of the kernels that no setting of cases.py reaches
+MORE: list[fa.Loss] = [
+    fa.GRPO(beta=0.3, kl="k1"),
+    fa.GRPO(sampler_correction="sequence_mask", sampler_max=1.3, sampler_min=0.8, aggregation="token_mean"),
+    fa.GRPO(sampler_correction="token_mask", sampler_max=None, sampler_min=None, beta=0.1),
+    fa.GSPO(level="token", eps_low=0.05, eps_high=0.03),
+    fa.GSPO(level="token", beta=0.2, kl="k2", kl_correction=True, aggregation="constant", max_length=12),
+    fa.GSPO(eps_low=0.05, eps_high=0.03, sampler_correction="sequence_truncate", sampler_max=1.1),
+    fa.LUSPO(level="token", eps_low=0.05, eps_high=0.03),
+    fa.CISPO(eps_high=1.2, beta=0.2, kl="k2", kl_correction=True),
+    fa.SAPO(beta=0.2, kl_correction=True, sampler_correction="token_truncate", sampler_max=1.1),
+    fa.REINFORCE(aggregation="token_mean", beta=0.1, kl="k1", sampler_correction="token_truncate"),
+    fa.DPO(f_divergence="forward_kl"),
+    fa.DPO(f_divergence="js", beta=0.5, label_smoothing=0.1),
+    fa.DPO(f_divergence="alpha", f_alpha=0.3, beta=0.5, robust=True, label_smoothing=0.1),
+    fa.DPO(f_divergence="alpha", f_alpha=1.0),
+    fa.CPO(alpha=0.0, label_smoothing=0.2),
+]
+
+
+def kernel_of(loss: fa.Loss, humanline: fa.Humanline | None = None) -> kernels.LossKernel:
+    found = kernels.cover(loss, humanline)
+    assert not isinstance(found, str), found
+    return found
+
+
+COVERED = [loss for loss in [*LOSSES, *MORE] if not isinstance(kernels.cover(loss, None), str)]
+#: one of each class
+CLASSES = list({type(loss): loss for loss in reversed(COVERED)}.values())
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a sequence has several."""
+    monkeypatch.setattr(kernels, "BLOCK", 8)
+
+
+# --- batches in each layout ---
+
+
+def make_columns(case: Case) -> dict[str, Tensor]:
+    """Those of the case, and weights and advantages of tokens."""
+    S, T = case.target.shape
+    return {
+        **case.columns,
+        "token_weight": randn(S, T, seed=21).abs(),
+        "advantage_per_token": randn(S, T, seed=22),
+    }
+
+
+@dataclass
+class Problem:
+    """Log-probs and columns, padded; ignored positions hold `poison`."""
+
+    logp: Tensor  # [S, T]
+    target: Tensor  # [S, T]
+    columns: dict[str, Tensor]
+
+    @property
+    def mask(self) -> Tensor:
+        return self.target != oracles.IGNORE
+
+    def batch(self) -> fa.Batch:
+        return fa.Batch(self.target, **self.columns)
+
+    def packed(self) -> tuple[fa.Batch, Tensor]:  # -> the batch, and its positions in the padded one
+        """Rows of different lengths, without some of the padding behind them."""
+        S, T = self.target.shape
+        last = torch.where(self.mask, torch.arange(1, T + 1), 0).amax(1)
+        keep = torch.minimum(last + torch.arange(S) % 3, torch.tensor(T))
+        places = torch.cat([s * T + torch.arange(int(keep[s])) for s in range(S)])
+        offsets = torch.nn.functional.pad(keep.cumsum(0), (1, 0)).int()
+        columns = {
+            name: x.reshape(-1)[places] if x.shape == self.target.shape else x
+            for name, x in self.columns.items()
+        }
+        return fa.Batch(self.target.reshape(-1)[places], cu_seqlens=offsets, **columns), places
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        return Problem(change(self.logp), self.target, {k: change(v) for k, v in self.columns.items()})
+
+    def poisoned(self, poison: float) -> Problem:
+        def change(x: Tensor) -> Tensor:
+            return torch.where(self.mask, x, poison) if x.shape == self.mask.shape else x
+
+        return self.map(change)
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        return self.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+
+
+VARIANTS = ("plain", "weighted", "on_policy")
+
+
+def make_problem(variant: str = "plain", lengths: list[int] = LENGTHS, spread: float = 0.0) -> Problem:
+    """weighted: token_weight and an advantage per token; on_policy: without old_logp, integer-like kl dtype."""
+    case = make_case(lengths, width=WIDTH, H=5, V=11)
+    logp, _, _ = oracles.token_stats(case.hidden, case.weight, case.target)
+    columns = make_columns(case)
+    per_token = columns.pop("advantage_per_token")
+    if variant == "weighted":
+        columns["advantage"] = per_token
+    else:
+        del columns["token_weight"]
+    if variant == "on_policy":
+        del columns["old_logp"]
+    return Problem(logp, case.target, columns).poisoned(math.nan)
+
+
+@dataclass
+class Wanted:
+    """What the torch losses give of a live batch."""
+
+    objective: Objective
+    loss: Tensor  # []
+    c: Tensor  # [n]
+    metrics: dict[str, Tensor]
+    live: fa.Batch
+    logp: Tensor  # [n]
+
+
+def wanted(loss: fa.Loss, batch: fa.Batch, logp: Tensor, humanline: Any, normalizer: Any = None) -> Wanted:
+    live = batch.live()
+    x = logp.reshape(-1)[live.rows].detach().requires_grad_()
+    objective = Objective(loss, live, humanline, normalizer)
+    total = objective.total({"logp": x}, live, objective.weights)
+    (c,) = torch.autograd.grad(total, x)
+    return Wanted(objective, total.detach(), c, objective.metrics({"logp": x}), live, x.detach())
+
+
+# --- running the kernel ---
+
+
+def move(batch: fa.Batch) -> fa.Batch:
+    """The batch on the device of the kernels."""
+    moved = fa.Batch.__new__(fa.Batch)
+    moved.__dict__ = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in batch.__dict__.items()}
+    return moved
+
+
+def run(
+    loss: fa.Loss,
+    batch: fa.Batch,
+    logp: Tensor,
+    divisor: float | Tensor,
+    humanline: Any = None,
+    **options: bool,
+) -> tuple[kernels.Evaluated, dict[str, Tensor]]:
+    kernel, batch = kernel_of(loss, humanline), move(batch)
+    divisor = divisor.to(DEVICE) if isinstance(divisor, Tensor) else divisor
+    found = kernel.evaluate(logp.to(DEVICE), batch, divisor, **options)
+    metrics = kernel.metrics(found, batch) if options.get("metrics", True) else {}
+    loss_, c, sums, dtype = found
+    found = kernels.Evaluated(loss_.cpu(), None if c is None else c.cpu(), sums.cpu(), dtype)
+    return found, {name: metric.cpu() for name, metric in metrics.items()}
+
+
+def check(found: kernels.Evaluated, want_loss: Tensor, want_c: Tensor, mask: Tensor | None = None) -> None:
+    """mask: where want_c [n] stands in the kernel's c; zeros are everywhere else."""
+    assert found.loss.dtype == torch.float64 and found.loss.shape == ()
+    check_loss(found.loss, want_loss, torch.float64)
+    assert found.c is not None and found.c.dtype == torch.float64
+    whole = want_c
+    if mask is not None:
+        whole = torch.zeros_like(found.c)
+        whole[mask.view(whole.shape)] = want_c
+        assert torch.equal(found.c.eq(0) | mask.view(whole.shape), torch.ones_like(found.c).bool())
+    check_grad(found.c, whole, torch.float64, "c")
+
+
+def check_metrics(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, metric in want.items():
+        assert got[name].dtype == metric.dtype and got[name].shape == (), name
+        if metric.isnan():
+            assert got[name].isnan(), name
+        else:
+            error = float((got[name] - metric).abs() / metric.abs().clamp(min=1))
+            assert error <= LOSS[torch.float64], f"{name}: {float(got[name])} should be {float(metric)}"
+
+
+# --- against the torch losses ---
+
+SETTINGS = [
+    pytest.param(loss, variant, humanline, id=f"{loss_id(loss)}-{variant}{'-humanline' if humanline else ''}")
+    for loss in COVERED
+    for variant, humanline in (("plain", None), ("weighted", HUMANLINE), ("on_policy", None))
+    if (variant != "on_policy" or isinstance(loss, fa.losses.policy.PolicyLoss))
+]
+
+
+def clip_of(loss: fa.Loss, humanline: fa.Humanline | None) -> fa.Humanline | None:
+    return humanline if loss.anchors else None
+
+
+@pytest.mark.parametrize(("loss", "variant", "humanline"), SETTINGS)
+def test_padded(loss: fa.Loss, variant: str, humanline: fa.Humanline | None):
+    humanline = clip_of(loss, humanline)
+    problem = make_problem(variant)
+    want = wanted(loss, problem.batch(), problem.logp, humanline)
+    divisor = want.objective.parts[0].count
+    found, metrics = run(loss, problem.batch(), problem.logp, divisor, humanline)
+    check(found, want.loss, want.c, problem.mask)
+    check_metrics(metrics, want.metrics)
+
+
+@pytest.mark.parametrize(("loss", "variant", "humanline"), SETTINGS)
+def test_packed(loss: fa.Loss, variant: str, humanline: fa.Humanline | None):
+    humanline = clip_of(loss, humanline)
+    problem = make_problem(variant)
+    batch, places = problem.packed()
+    logp = problem.logp.reshape(-1)[places]
+    want = wanted(loss, batch, logp, humanline, 17.5)
+    found, metrics = run(loss, batch, logp, torch.tensor(17.5), humanline)
+    check(found, want.loss, want.c, batch.target != oracles.IGNORE)
+    check_metrics(metrics, want.metrics)
+
+
+@pytest.mark.parametrize(("loss", "variant", "humanline"), SETTINGS)
+def test_live_and_its_parts(loss: fa.Loss, variant: str, humanline: fa.Humanline | None):
+    humanline = clip_of(loss, humanline)
+    problem = make_problem(variant)
+    want = wanted(loss, problem.batch(), problem.logp, humanline, 3.25)
+    found, metrics = run(loss, want.live, want.logp, 3.25, humanline)
+    check(found, want.loss, want.c)
+    check_metrics(metrics, want.metrics)
+
+    # every second token or item, and the rest; the sequences of pairs in another order
+    total, c, live = torch.zeros((), dtype=torch.float64), torch.full_like(want.c, math.nan), want.live
+    for first in (0, 1):
+        if loss.item == "token":
+            places = torch.arange(first * 13, (13, live.target.numel())[first])
+            part = live.take_tokens(places)
+        elif loss.item == "pair":
+            part, places = live.take_pairs(torch.arange(live.pairs).flip(0)[first::2])
+        else:
+            part, places = live.take_sequences(torch.arange(live.sequences)[first::2])
+        some, _ = run(loss, part, want.logp[places], torch.tensor(3.25), humanline, metrics=False)
+        assert some.c is not None and some.sums.shape == (1,)
+        total += some.loss
+        c[places] = some.c
+    check_loss(total, want.loss, torch.float64)
+    check_grad(c, want.c, torch.float64, "c")
+
+
+@pytest.mark.parametrize(("loss", "variant", "humanline"), SETTINGS)
+def test_padded_to_a_fixed_number_of_tokens(loss: fa.Loss, variant: str, humanline: fa.Humanline | None):
+    humanline = clip_of(loss, humanline)
+    problem = make_problem(variant)
+    want = wanted(loss, problem.batch(), problem.logp, humanline)
+    n = want.logp.numel()
+    batch = problem.batch().live(n + 9)
+    fixed = Objective(loss, batch, humanline, None)
+    logp = torch.cat([want.logp, torch.zeros(9, dtype=torch.float64)])
+    found, metrics = run(loss, batch, logp, fixed.parts[0].count, humanline)
+    check(found, want.loss, torch.cat([want.c, torch.zeros(9, dtype=torch.float64)]), batch.valid)
+    check_metrics(metrics, fixed.metrics({"logp": logp}))
+
+
+@pytest.mark.parametrize("loss", COVERED, ids=loss_id)
+def test_float32(loss: fa.Loss):
+    """Columns and coefficients in float32; the arithmetic is float64."""
+    humanline = clip_of(loss, HUMANLINE)
+    problem = make_problem("weighted").to(torch.float32)
+    exact = problem.to(torch.float64)
+    want = wanted(loss, exact.batch(), exact.logp, humanline)
+    divisor = want.objective.parts[0].count
+    found, metrics = run(loss, problem.batch(), problem.logp.reshape(-1), divisor, humanline)
+    check_loss(found.loss, want.loss, torch.float32)
+    assert found.c is not None and found.c.shape == (problem.logp.numel(),)
+    assert found.c.dtype == torch.float32
+    check_grad(found.c[problem.mask.view(-1)], want.c, torch.float32, "c")
+    plain = wanted(loss, problem.batch(), problem.logp, humanline).metrics
+    assert metrics.keys() == plain.keys()
+    for name, metric in metrics.items():
+        assert metric.dtype == plain[name].dtype, name
+        check_loss(metric, want.metrics[name].double(), torch.float32)
+
+
+@pytest.mark.parametrize("loss", COVERED, ids=loss_id)
+def test_against_the_oracle(loss: fa.Loss):
+    """Through dense logits and the papers' formulas: the loss, and c through the logits' gradients."""
+    humanline = clip_of(loss, HUMANLINE)
+    case = make_case(LENGTHS, width=WIDTH, H=5, V=11)
+    want, want_grad = oracle_loss(case, loss, humanline=humanline)
+    leaves = leaves_of(case)
+    logp, _, _ = oracles.token_stats(leaves["hidden"], leaves["weight"], case.target)
+    divisor = Objective(loss, case.batch().live(), humanline, None).parts[0].count
+    found, _ = run(loss, case.batch(), logp, divisor, humanline)
+    check_loss(found.loss, want.detach(), torch.float64)
+    grads = torch.autograd.grad(logp, list(leaves.values()), found.c)
+    for name, grad in zip(leaves, grads, strict=True):
+        check_grad(grad, want_grad[name], torch.float64, name)
+
+
+# --- edges ---
+
+
+@pytest.mark.parametrize("humanline", [None, HUMANLINE], ids=["", "humanline"])
+@pytest.mark.parametrize("size", [80.0, 1000.0])
+@pytest.mark.parametrize("loss", CLASSES, ids=loss_id)
+def test_extreme_log_ratios(loss: fa.Loss, size: float, humanline: fa.Humanline | None):
+    """Far beyond where the exponentials end, on both sides, in some tokens of each kind."""
+    if loss.item == "token":
+        loss = replace(loss, beta=0.1, kl_correction=not isinstance(loss, fa.REINFORCE))  # type: ignore[call-arg]
+    humanline = clip_of(loss, humanline)
+    problem = make_problem()
+    for i, name in enumerate(("old_logp", "ref_logp", "sampler_logp")):
+        away = torch.where(randn(*problem.target.shape, seed=30 + i) > 0, size, -size)
+        some = torch.rand(problem.target.shape, generator=torch.Generator().manual_seed(40 + i)) > 0.5
+        problem.columns[name] = problem.columns[name] + torch.where(some, away, 0.0)
+    want = wanted(loss, problem.batch(), problem.logp, humanline, 4.0)
+    found, metrics = run(loss, problem.batch(), problem.logp, 4.0, humanline)
+    assert want.loss.isfinite() and want.c.isfinite().all()
+    check(found, want.loss, want.c, problem.mask)
+    check_metrics(metrics, want.metrics)
+
+
+def test_ties_split_the_gradient_as_torch_does():
+    """Ratios of exactly 1, at a bound of exactly 1; and hinges at exactly 0."""
+    problem = make_problem()
+    problem.columns["old_logp"] = problem.logp.clone()
+    problem.columns["ref_logp"] = problem.logp.clone()
+    for loss in (
+        fa.GRPO(eps_low=0.0, eps_high=0.0),
+        fa.GRPO(),
+        fa.GSPO(eps_low=0.0, eps_high=0.0),
+        fa.GSPO(),
+        fa.RLOO(eps_high=0.0),
+        fa.CISPO(eps_high=1.0),
+        fa.DPOP(),
+        fa.MADPO(),
+    ):
+        want = wanted(loss, problem.batch(), problem.logp, None)
+        divisor = want.objective.parts[0].count
+        found, metrics = run(loss, problem.batch(), problem.logp, divisor)
+        check(found, want.loss, want.c, problem.mask)
+        check_metrics(metrics, want.metrics)
+    bounds = fa.Humanline(-1.0, 0.0)  # on its bound a token has a gradient, and is not strictly inside
+    want = wanted(fa.DPO(), problem.batch(), problem.logp, bounds)
+    found, metrics = run(fa.DPO(), problem.batch(), problem.logp, 3, bounds)
+    check(found, want.loss, want.c, problem.mask)
+    assert want.c.ne(0).all() and metrics["humanline/unclipped"] == 0
+    problem.columns["ref_logp"] = torch.where(problem.mask, problem.logp, 0.0)
+    problem.columns["ref_logp"][:3, :] -= 0.25
+    lengths = problem.mask[:3].sum(1)
+    loss = fa.Hinge(beta=1 / (0.25 * float(lengths[0])))  # 1 - beta D is exactly 0 for the first pair
+    want = wanted(loss, problem.batch(), problem.logp, None)
+    found, _ = run(loss, problem.batch(), problem.logp, 3)
+    check(found, want.loss, want.c, problem.mask)
+
+
+@pytest.mark.parametrize("lengths", [[0, 0, 0, 0], [3, 0, 0, 0], [0, 4, 0, 2], []], ids=str)
+@pytest.mark.parametrize("loss", CLASSES, ids=loss_id)
+def test_empty_sequences_and_pairs(loss: fa.Loss, lengths: list[int]):
+    problem = make_problem("plain", [2, 3, 0, 4])
+    S = len(lengths)
+    target = torch.full((S, WIDTH), oracles.IGNORE)
+    for s, length in enumerate(lengths):
+        target[s, 2 : 2 + length] = 1
+    columns = {
+        name: x if x.dim() == 0 else x[: S // 2 if name == "margin" else S]
+        for name, x in problem.columns.items()
+    }
+    finite = Problem(problem.logp, target, columns).map(torch.nan_to_num)
+    few = Problem(finite.logp[:S], target, finite.columns | {"desirable": columns["desirable"]})
+    want = wanted(loss, few.batch(), few.logp, None)
+    divisor = want.objective.parts[0].count
+    found, metrics = run(loss, few.batch(), few.logp, divisor)
+    check(found, want.loss, want.c, few.mask)
+    check_metrics(metrics, want.metrics)
+    found, metrics = run(loss, want.live, want.logp, divisor)
+    check(found, want.loss, want.c)
+    check_metrics(metrics, want.metrics)
+
+
+@pytest.mark.parametrize("loss", COVERED, ids=loss_id)
+def test_what_ignored_positions_hold_changes_no_bit(loss: fa.Loss):
+    """NaN, inf or numbers; and two runs give the same bits."""
+    humanline = clip_of(loss, HUMANLINE)
+    problem = make_problem("weighted")
+    first, metrics = run(loss, problem.batch(), problem.logp, 3.0, humanline)
+    for other in (problem.poisoned(math.inf), problem.poisoned(0.5)):
+        again, same = run(loss, other.batch(), other.logp, 3.0, humanline)
+        assert torch.equal(first.sums, again.sums)
+        assert first.c is not None and again.c is not None and torch.equal(first.c, again.c)
+        assert all(torch.equal(metrics[name], same[name]) for name in metrics)
+
+
+@pytest.mark.parametrize("loss", [fa.PPO(), fa.DPO(), fa.KTO()], ids=loss_id)
+def test_many_programs(loss: fa.Loss):
+    """More than the last one adds in one step."""
+    S = 2 * 300 if isinstance(loss, fa.DPO) else 300
+    target = torch.ones(S, 1, dtype=torch.int64)
+    columns = {name: randn(S, 1, seed=i) / 4 for i, name in enumerate(("old_logp", "ref_logp"))}
+    batch = fa.Batch(
+        target, advantage=randn(S, seed=3), desirable=randn(S, seed=4) > 0, kl=torch.tensor(0.1), **columns
+    )
+    logp = randn(S, 1, seed=5) / 4
+    want = wanted(loss, batch, logp, None)
+    found, metrics = run(loss, batch, logp, want.objective.parts[0].count)
+    check(found, want.loss, want.c.view(S, 1))
+    check_metrics(metrics, want.metrics)
+
+
+@pytest.mark.parametrize("loss", CLASSES, ids=loss_id)
+def test_only_what_is_asked_for(loss: fa.Loss):
+    problem = make_problem()
+    every, _ = run(loss, problem.batch(), problem.logp, 3.0)
+    scored, _ = run(loss, problem.batch(), problem.logp, 3.0, grad=False, metrics=False)
+    assert scored.c is None and scored.sums.shape == (1,)
+    assert torch.equal(scored.loss, every.loss)
+    learnt, _ = run(loss, problem.batch(), problem.logp, 3.0, metrics=False)
+    assert every.c is not None and learnt.c is not None and torch.equal(learnt.c, every.c)
+    watched, metrics = run(loss, problem.batch(), problem.logp, 3.0, grad=False)
+    assert torch.equal(watched.sums, every.sums) and metrics
+
+
+def test_columns_that_are_not_contiguous():
+    problem = make_problem("weighted")
+    turned = problem.map(lambda x: x.t().contiguous().t() if x.dim() == 2 else x)
+    turned.target = problem.target.t().contiguous().t()
+    for loss in (fa.GRPO(beta=0.1), fa.DPO(), fa.KTO()):
+        want, _ = run(loss, problem.batch(), problem.logp, 3.0)
+        found, _ = run(loss, turned.batch(), turned.logp, 3.0)
+        assert found.c is not None and want.c is not None
+        assert torch.equal(found.sums, want.sums) and torch.equal(found.c, want.c)
+
+
+# --- what is covered ---
+
+UNCOVERED = [
+    (fa.GRPO(entropy_coef=0.1), "entropy"),
+    (fa.GRPO(top_entropy=0.5), "entropy"),
+    (fa.GRPO(off_policy_threshold=0.1), "off_policy_threshold"),
+    (fa.DPO(wpo=True), "wpo"),
+    (fa.DPO(ld_alpha=0.5), "ld_alpha"),
+    (fa.CPO(), "2 losses"),
+    (fa.ORPO(), "2 losses|no kernel"),
+    (fa.SFT(), "SFT"),
+    (fa.GMPO(), "GMPO"),
+    (fa.AOT(), "AOT"),
+    (fa.BetaDPO(), "BetaDPO"),
+    (fa.Sum([(1.0, fa.DPO())]), "Sum"),
+]
+
+
+@pytest.mark.parametrize(
+    ("loss", "why"), UNCOVERED, ids=lambda x: loss_id(x) if isinstance(x, fa.Loss) else ""
+)
+def test_what_is_not_covered_says_why(loss: fa.Loss, why: str):
+    found = kernels.cover(loss, None)
+    assert isinstance(found, str)
+    pytest.raises(ValueError, _raise, found).match(why)
+
+
+def _raise(text: str) -> None:
+    raise ValueError(text)
+
+
+def test_every_loss_is_covered_or_says_why():
+    for loss in LOSSES:
+        for humanline in (None, HUMANLINE, fa.HumanlineSampling()):
+            found = kernels.cover(loss, humanline)
+            assert isinstance(found, kernels.LossKernel) or len(found.split()) > 4, (loss, found)
+            if isinstance(humanline, fa.HumanlineSampling):
+                assert isinstance(found, str)
+    assert isinstance(kernels.cover(fa.SimPO(), HUMANLINE), str)
+
+
+def test_a_class_of_ones_own_is_not_covered():
+    class Own(fa.DPO, base=True):  # type: ignore[call-arg]
+        pass
+
+    assert isinstance(kernels.cover(Own(), None), str)
+
+
+def test_what_does_not_fit_says_so():
+    problem = make_problem()
+    batch, live = problem.batch(), problem.batch().live()
+    with pytest.raises(ValueError, match=r"GRPO.*advantage"):
+        run(fa.GRPO(), fa.Batch(problem.target), problem.logp, 1.0)
+    with pytest.raises(ValueError, match=r"DPO.*ref_logp"):
+        run(fa.DPO(), fa.Batch(problem.target), problem.logp, 1.0)
+    with pytest.raises(ValueError, match=r"KTO.*kl"):
+        run(fa.KTO(), fa.Batch(problem.target, ref_logp=problem.logp), problem.logp, 1.0)
+    with pytest.raises(TypeError, match=r"logp must be float32 or float64; got torch.bfloat16"):
+        run(fa.DPO(), batch, problem.logp.bfloat16(), 1.0)
+    with pytest.raises(ValueError, match=r"logp must have a number for every target"):
+        run(fa.DPO(), batch, problem.logp[:2], 1.0)
+    with pytest.raises(ValueError, match=r"parts of sequences.*GSPO"):
+        run(fa.GSPO(), live.take_tokens(torch.arange(3)), live.target[:3].double(), 1.0)
