@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.operands import STATS, Head
+from .backends.operands import Head
 from .batch import Batch
 from .humanline import Humanline, HumanlineSampling, RatioClip
-from .linear.fused import Call, fused_loss, item_sizes
+from .linear.fused import Call, fused_loss, item_sizes, kernel_loss
 from .linear.logp import autocast_dtype, check_call, waist
 from .linear.ops import make_problem
 from .linear.plan import COMPLETE, Problem, choose
@@ -84,29 +84,24 @@ def align_loss(
     operand = autocast_dtype(hidden, weight)
     head = Head(weight, bias, logit_scale, softcap, operand, precision == "bf16", backend)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    promises = {"main_grad": main_grad is not None, "scale_known": grad_scale is not None}
-    problem = loss_problem(head, flat, live, loss, humanline, **promises)
+    problem = loss_problem(
+        head, flat, live, loss, humanline, main_grad=main_grad is not None, scale_known=grad_scale is not None
+    )
     chosen = choose(problem, plan, workspace_bytes)
     temper = temperature.detach().reshape(-1) if isinstance(temperature, Tensor) else temperature
+    kernel = head.steps.loss_kernel(loss, humanline)
     if chosen.name in COMPLETE and backend != "eager":
-        call = Call(head, objective, chosen, problem, temper, main_grad, grad_scale)
-        value, found = fused_loss(flat, weight, bias, call)
-        every: dict[str, Tensor] = dict(zip(STATS, found.unbind(0), strict=True))
-        stats = {name: every[name] for name in ("logp", *loss.reads)}
-    else:
-        every = waist(
-            flat, weight, batch.target.reshape(-1), bias, temper, logit_scale, softcap, backend, chosen.name,
-            precision, workspace_bytes, max_live, main_grad,
-            stats=[name for name in loss.reads if name != "lse"], learnt=loss.learnt,
-        )  # fmt: skip
-        rows = Rows(live.rows, flat.shape[0], live.valid)
-        stats = {name: rows.take(every[name]) for name in ("logp", *loss.reads)}
-        value = objective.total(stats, live, objective.weights)
-    if live.surplus is not None:
-        value = torch.where(live.surplus, torch.nan, value)
-    output = AlignOutput(value, objective.metrics(stats))
-    objective.observe(stats)  # after the metrics: they are of what the loss was computed with
-    return output
+        call = Call(head, objective, chosen, problem, temper, main_grad, grad_scale, kernel)
+        return AlignOutput(*fused_loss(flat, weight, bias, call))
+    stats = waist(
+        flat, weight, batch.target.reshape(-1), bias, temper, logit_scale, softcap, backend, chosen.name,
+        precision, workspace_bytes, max_live, main_grad,
+        stats=[name for name in loss.reads if name != "lse"], learnt=loss.learnt,
+    )  # fmt: skip
+    if kernel is not None:  # it reads the batch where it lies
+        return AlignOutput(*kernel_loss(kernel, stats["logp"], batch, objective.parts[0].count))
+    rows = Rows(live.rows, flat.shape[0], live.valid)
+    return AlignOutput(*objective.evaluate({name: rows.take(stats[name]) for name in ("logp", *loss.reads)}))
 
 
 def loss_problem(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from . import eager, torch_, triton_
 
 if TYPE_CHECKING:
+    from ..batch import Batch
+    from ..humanline import RatioClip
+    from ..losses.base import Loss
     from ..rows import Rows
     from .operands import Chunk, Coefficients, Head, Scratch, Upstream
 
@@ -23,8 +26,34 @@ _TABLE: dict[str, ModuleType] = {"triton": triton_, "torch": torch_, "eager": ea
 _AUTO = ("triton", "torch")  # in the order "auto" tries them
 
 
+class Evaluated(Protocol):
+    """What the kernel of a loss gives."""
+
+    @property
+    def loss(self) -> Tensor: ...  # [] float64
+
+    @property
+    def c(self) -> Tensor | None: ...  # dloss/dlogp, logp's shape
+
+
+class LossKernel(Protocol):
+    """A loss, its gradient and its metrics in one launch: what `losses.base.Objective` does with autograd."""
+
+    def evaluate(
+        self,
+        logp: Tensor,
+        batch: Batch,
+        divisor: float | Tensor,
+        *,
+        grad: bool = True,
+        metrics: bool = True,
+    ) -> Evaluated: ...
+
+    def metrics(self, found: Any, batch: Batch) -> dict[str, Tensor]: ...
+
+
 class Steps(Protocol):
-    """What a backend implements, on one tile of the vocabulary or on vectors of rows; documented in `torch_`."""
+    """What a backend implements, on a tile of the vocabulary or on vectors of rows; documented in `torch_`."""
 
     def watching_is_free(self, device: torch.device) -> bool: ...
 
@@ -127,6 +156,10 @@ class Steps(Protocol):
     ) -> None: ...
 
     def add_products(self, out: Tensor, tile: Tensor, coef: Tensor) -> None: ...
+
+    # losses
+
+    def loss_kernel(self, loss: Loss, humanline: RatioClip | None) -> LossKernel | None: ...
 
 
 def steps(name: str) -> Steps:

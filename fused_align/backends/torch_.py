@@ -12,6 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..humanline import RatioClip
+from ..losses.base import Loss
 from ..rows import Rows
 from .operands import (
     CEILING,
@@ -468,6 +470,10 @@ def add_products(out: Tensor, tile: Tensor, coef: Tensor) -> None:
     block = tile.shape[0] if tile.dtype == out.dtype else max(1, GATHER_BYTES // (4 * tile.shape[1]))
     for part, c in zip(tile.split(block), coef.split(block), strict=True):
         out.addmv_(part.t().to(out.dtype), c)
+
+
+def loss_kernel(loss: Loss, humanline: RatioClip | None) -> None:
+    """The kernel of a loss: there is none here, and losses go through autograd on [n]-sized vectors."""
 
 
 def _gather(weight: Tensor, index: Tensor, operand: torch.dtype | None) -> Tensor:

@@ -9,16 +9,18 @@ needs 4. An item with more tokens than a chunk holds is walked in parts, whose t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backends import Evaluated, LossKernel
 from ..backends.operands import STATS, Chunk, Coefficients, Head, Upstream
 from ..batch import Batch
-from ..losses.base import Objective, Weights
+from ..losses.base import Objective, Some
 from ..rows import Rows
 from .gradients import Gradients, Targets, live_places
 from .ops import check_range, check_temperature, per_row, run_walk
@@ -39,6 +41,7 @@ class Call:
     temperature: float | Tensor  # [M]
     main_grad: Tensor | None = None  # [V, H]
     grad_scale: float | None = None
+    kernel: LossKernel | None = None  # of the objective; None: autograd on [r]-sized vectors
 
 
 class FusedLoss(torch.autograd.Function):
@@ -84,16 +87,53 @@ class FusedLoss(torch.autograd.Function):
         return *grads, None
 
 
-def fused_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-    """`FusedLoss`, run eagerly under torch.compile too.
+def fused_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss [], by `FusedLoss`, and its metrics.
 
-    The loss is Python, so the graph breaks here. A compiler that went on into the walks would meet views of
-    one workspace in several dtypes, and gives up on those (torch 2.13). Where it is not loaded it is not
-    imported.
+    A compiler that went on into the walks would meet views of one workspace in several dtypes, and gives up
+    on those (torch 2.13).
+    """
+    value, found = _opaque(FusedLoss.apply)(hidden, weight, bias, call)
+    objective = call.objective
+    stats: dict[str, Tensor] = dict(zip(STATS, found.unbind(0), strict=True))
+    if call.kernel is None:
+        return objective.evaluate({name: stats[name] for name in ("logp", *objective.loss.reads)}, value)
+    count = objective.parts[0].count
+    sums = _opaque(call.kernel.evaluate)(stats["logp"], objective.batch, count, grad=False)
+    return objective.checked(value), call.kernel.metrics(sums, objective.batch)
+
+
+class KernelLoss(torch.autograd.Function):
+    """(logp, ...) -> loss [] by the kernel of the loss, which finds dloss/dlogp in the same launch."""
+
+    @staticmethod
+    def forward(ctx, logp: Tensor, found: Evaluated) -> Tensor:
+        ctx.c = found.c
+        return found.loss.to(logp.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss: Tensor):  # type: ignore[override]
+        return ctx.c * dloss, None
+
+
+def kernel_loss(
+    kernel: LossKernel, logp: Tensor, batch: Batch, count: float | Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss [], differentiable by logp, and its metrics."""
+    found = _opaque(kernel.evaluate)(logp, batch, count, grad=logp.requires_grad)
+    return KernelLoss.apply(logp, found), kernel.metrics(found, batch)  # type: ignore[return-value]
+
+
+def _opaque(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run eagerly under torch.compile too: losses are Python, so the graph breaks here in any case.
+
+    Where the compiler is not loaded it is not imported.
     """
     dynamo = sys.modules.get("torch._dynamo")
-    apply = FusedLoss.apply if dynamo is None else dynamo.disable(FusedLoss.apply)
-    return apply(hidden, weight, bias, call)
+    return function if dynamo is None else dynamo.disable(function)
 
 
 @dataclass(frozen=True)
@@ -129,14 +169,15 @@ class _Run:
             by_slice=problem.rows <= call.plan.rows, late=call.grad_scale is None,
             padded=problem.static,
         )  # fmt: skip
-        for part, places, weights in chunks(call.objective, call.plan.rows, problem):
+        for part, some in chunks(call.objective, call.plan.rows, problem):
+            places = some.tokens
             everything = len(part.rows) and problem.rows == problem.given and isinstance(places, slice)
             rows = Rows(places if everything and not problem.static else part.rows, problem.given, part.valid)
             pieces = list(rows.split(call.plan.rows))
             if len(pieces) > 1:
-                self._apart(walk, into, part, places, weights, rows, pieces)
+                self._apart(walk, into, part, some, rows, pieces)
             else:
-                self._together(walk, into, part, places, weights, rows)
+                self._together(walk, into, part, some, rows)
         self.grads = into.finish()
 
     def _load(self, places: slice | Tensor, rows: Rows, at: slice) -> Chunk:
@@ -150,8 +191,15 @@ class _Run:
             found[0] = torch.where(chunk.target == target, found[0], torch.nan)
         return found
 
-    def _upstream(self, stats: Tensor, part: Batch, weights: Weights) -> tuple[Tensor, Upstream]:
+    def _upstream(self, stats: Tensor, part: Batch, some: Some) -> tuple[Tensor, Upstream]:
         """The part of the loss of whole items, and its gradients by their statistics."""
+        scale = 1.0 if self.call.grad_scale is None else self.call.grad_scale
+        if self.call.kernel is not None:
+            count = self.call.objective.parts[0].count
+            found = self.call.kernel.evaluate(stats[0], part, count, metrics=False)
+            assert found.c is not None
+            return found.loss, Upstream(found.c if scale == 1 else found.c * scale)
+        weights = self.call.objective.weights_of(some)
         with torch.enable_grad():
             read = {name: stat for name, stat in zip(STATS, stats, strict=True) if name in self.reads}
             learnt = "logp", *self.call.objective.loss.learnt
@@ -160,30 +208,27 @@ class _Run:
         up: dict[str, Tensor] = {}
         if total.requires_grad:  # a loss may be constant in these tokens
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-            scale = 1.0 if self.call.grad_scale is None else self.call.grad_scale
             up = {name: grad * scale for name, grad in zip(leaves, found, strict=True) if grad is not None}
         return total.detach().double(), Upstream(up.pop("logp", torch.zeros_like(stats[0])), **up)
 
-    def _together(
-        self, walk: Walk, into: Gradients, part: Batch, places: slice | Tensor, weights: Weights, rows: Rows
-    ) -> None:
+    def _together(self, walk: Walk, into: Gradients, part: Batch, some: Some, rows: Rows) -> None:
         """Whole items that fit: their exponentials are kept, and those of live rows multiplied."""
-        chunk = self._load(places, rows, slice(None))
+        chunk = self._load(some.tokens, rows, slice(None))
         kept = walk.complete(len(rows))
         walk.walk(chunk, kept, None, watch=walk.watches)
-        found = self._evaluate(chunk, part, weights)
+        found = self._evaluate(chunk, part, some)
         count, moved = len(rows), True
         if not self.call.problem.static:
             count, lost, moved = found.coef.tally()  # one small copy to the host
             if lost and not walk.watches:
                 chunk.restart(self.call.head)
                 walk.walk(chunk, kept, None, watch=True)
-                found = self._evaluate(chunk, part, weights)
+                found = self._evaluate(chunk, part, some)
                 count, _, moved = found.coef.tally()
         if not moved:
             chunk.ref = found.ref
         self.loss += found.loss
-        self.stats[:, places] = found.stats
+        self.stats[:, some.tokens] = found.stats
         if not count:
             return
         coef, live = found.coef, None
@@ -196,10 +241,10 @@ class _Run:
             ends = Targets(walk, self.hidden, rows, chunk.target, coef.target, self.call.problem.static)
         into.add(rows, slice(0), chunk, coef, kept=kept, live=live, ends=ends)
 
-    def _evaluate(self, chunk: Chunk, part: Batch, weights: Weights) -> _Evaluated:
+    def _evaluate(self, chunk: Chunk, part: Batch, some: Some) -> _Evaluated:
         """A chunk's loss and coefficients after its walk."""
         stats, ref = self._stats(chunk, part.target), chunk.ref
-        loss, up = self._upstream(stats, part, weights)
+        loss, up = self._upstream(stats, part, some)
         return _Evaluated(stats, loss, self._coefficients(chunk, up, stats), ref)
 
     def _coefficients(self, chunk: Chunk, up: Upstream, stats: Tensor) -> Coefficients:
@@ -211,37 +256,34 @@ class _Run:
         walk: Walk,
         into: Gradients,
         part: Batch,
-        places: slice | Tensor,
-        weights: Weights,
+        some: Some,
         rows: Rows,
         pieces: list[tuple[Rows, slice]],
     ) -> None:
         """One item too large to keep: walked piece by piece, and again once its coefficients are known."""
         walked, found = [], []
         for piece, at in pieces:
-            chunk = self._load(places, piece, at)
+            chunk = self._load(some.tokens, piece, at)
             walk.forward(chunk)
             found.append(self._stats(chunk, part.target[at]))
             walked.append(replace(chunk, x=None))
         stats = torch.cat(found, 1)
-        loss, up = self._upstream(stats, part, weights)
+        loss, up = self._upstream(stats, part, some)
         self.loss += loss
-        self.stats[:, places] = stats
+        self.stats[:, some.tokens] = stats
         for (piece, at), chunk in zip(pieces, walked, strict=True):
-            some = up.part(at)
-            live = live_places(some.alive())
+            own = up.part(at)
+            live = live_places(own.alive())
             if not live.numel():
                 continue
-            coef = self._coefficients(chunk, some, stats[:, at])
+            coef = self._coefficients(chunk, own, stats[:, at])
             piece = piece[live]
             x = self.call.head.operands(piece.take(self.hidden))
             into.add(piece, slice(0), chunk.part(live, x), coef.part(live))
 
 
-def chunks(
-    objective: Objective, most: int, problem: Problem
-) -> Iterator[tuple[Batch, slice | Tensor, Weights]]:
-    """Parts of the batch of at most `most` live tokens: (part, its places, its items' weights).
+def chunks(objective: Objective, most: int, problem: Problem) -> Iterator[tuple[Batch, Some]]:
+    """Parts of the batch of at most `most` live tokens, and which these are.
 
     An item with more tokens is a part of its own.
     """
@@ -250,7 +292,7 @@ def chunks(
         for start in range(0, batch.rows.numel(), most):
             index = torch.arange(start, min(start + most, batch.rows.numel()), device=batch.rows.device)
             place = slice(start, start + index.numel())
-            yield batch.take_tokens(index), place, objective.weights_of(place)
+            yield batch.take_tokens(index), Some(place)
         return
     sizes, start = problem.sizes, 0
     pairs = problem.coupling == "pair"
@@ -262,7 +304,7 @@ def chunks(
         index = torch.arange(start, stop, device=batch.rows.device)
         part, places = batch.take_pairs(index, rows) if pairs else batch.take_sequences(index, rows)
         sequences = torch.cat([index, index + batch.pairs]) if pairs else index
-        yield part, places, objective.weights_of(places, sequences, slice(start, stop))
+        yield part, Some(places, sequences, slice(start, stop))
         start = stop
 
 

@@ -115,9 +115,10 @@ class Walk:
             weight, bias = self.head.tile(start, stop)
             kept = None if keep is None else keep[:, start:stop]
             tile, out = self._tile(chunk.target.numel(), stop - start, kept, wanted=product is not None)
+            before = product if start > 0 else None
             self.steps.exp_tile(
-                self.head, chunk, weight, bias, start, tile, out, product if start > 0 else None, self.scratch,
-                watch=watch, static=self.static,
+                self.head, chunk, weight, bias, start, tile, out, before, self.scratch, watch=watch,
+                static=self.static,
             )  # fmt: skip
             if kept is not None:
                 chunk.refs.append(chunk.ref)

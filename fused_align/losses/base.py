@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -218,11 +219,25 @@ def coarsest(items: Iterable[str]) -> str:
     return max(items, key=ITEMS.index)
 
 
+class Some(NamedTuple):
+    """Some whole items of a batch: their places among its live tokens, sequences and pairs."""
+
+    tokens: slice | Tensor
+    sequences: Tensor | None = None
+    pairs: slice | None = None
+
+
 @dataclass(frozen=True)
 class _Part:
     loss: Loss
+    weight: float  # of the loss in a Sum
     count: float | Tensor  # what its sum is divided by
-    weights: Tensor  # of its items, the loss's weight in a Sum and 1 / count included
+    batch: Batch
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """Of its items, the loss's own weight and 1 / count included."""
+        return self.weight * self.loss.weights(self.batch) / self.count
 
 
 class Objective:
@@ -259,21 +274,15 @@ class Objective:
                 f"as normalizer, got {normalizer!r}."
             )
         for weight, part in loss.parts:
-            count = _divisor(part, batch, normalizer)
-            self.parts.append(_Part(part, count, weight * part.weights(batch) / count))
+            self.parts.append(_Part(part, weight, _divisor(part, batch, normalizer), batch))
 
     @property
     def weights(self) -> Weights:
         return tuple(part.weights for part in self.parts)
 
-    def weights_of(
-        self,
-        tokens: slice | Tensor,
-        sequences: Tensor | None = None,
-        pairs: slice | None = None,
-    ) -> Weights:
-        """Those of some whole items: of these tokens, sequences and pairs."""
-        index: dict[str, Any] = {"token": tokens, "sequence": sequences, "pair": pairs}
+    def weights_of(self, some: Some) -> Weights:
+        """Those of some whole items."""
+        index: dict[str, Any] = {"token": some.tokens, "sequence": some.sequences, "pair": some.pairs}
         return tuple(part.weights[index[part.loss.per]] for part in self.parts)
 
     def log_ratio(self, anchor: str | None, logp: Tensor, batch: Batch) -> Tensor:
@@ -310,6 +319,24 @@ class Objective:
                 )
             total = total + (items.double() * weight).sum()
         return total.to(logp.dtype)
+
+    def evaluate(
+        self, stats: Mapping[str, Tensor], total: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the whole batch and its metrics, after which losses with averages move on.
+
+        total: the loss, where it was summed up from parts already.
+        """
+        if total is None:
+            total = self.total(stats, self.batch, self.weights)
+        total, metrics = self.checked(total), self.metrics(stats)
+        self.observe(stats)  # after the metrics: they are of what the loss was computed with
+        return total, metrics
+
+    def checked(self, total: Tensor) -> Tensor:
+        """The loss; NaN where tokens beyond max_live were left out."""
+        surplus = self.batch.surplus
+        return total if surplus is None else torch.where(surplus, torch.nan, total)
 
     def observe(self, stats: Mapping[str, Tensor]) -> None:
         """Lets losses that keep averages take this batch into them, if gradients are recorded."""

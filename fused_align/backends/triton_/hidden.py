@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .maths import finish
+from .maths import finish, rounded
 from .rows import row_sums
 
 
@@ -32,7 +32,7 @@ def scaled_rows(
     c = tl.load(coef + row, mask=live, other=0)
     a = tl.load(x + row[:, None] * x_stride + column[None, :] * x_step, mask=inside, other=0)
     where = out + row[:, None] * hidden + column[None, :]
-    tl.store(where, (a.to(c.dtype) * c[:, None]).to(out.dtype.element_ty), mask=inside)
+    tl.store(where, rounded(a.to(c.dtype) * c[:, None], out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -86,7 +86,7 @@ def store_hidden(
     y = tl.load(target + row, mask=live, other=0)
     w = tl.load(weight + y[:, None] * weight_stride + column[None, :] * weight_step, mask=inside, other=0)
     if OPERAND is not None:
-        w = w.to(OPERAND)
+        w = rounded(w, OPERAND)
     grad += w.to(grad.dtype) * tl.load(coef + row, mask=live, other=0)[:, None]
     if average is not None:
         mean = tl.load(average + column, mask=column < hidden, other=0).to(grad.dtype)
@@ -95,7 +95,7 @@ def store_hidden(
     if index is not None:
         place = tl.load(index + row, mask=live, other=0)
     where = out + place[:, None] * out_stride + column[None, :]
-    tl.store(where, grad.to(out.dtype.element_ty), mask=inside)
+    tl.store(where, rounded(grad, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["count", "given"])
@@ -143,7 +143,7 @@ def add_rows(
                 inside = (mine & (row < given))[:, None] & (h < hidden)[None, :]
                 a = tl.load(x + row[:, None] * x_stride + h[None, :] * x_step, mask=inside, other=0)
                 if OPERAND is not None:
-                    a = a.to(OPERAND)
+                    a = rounded(a, OPERAND)
                 sums += tl.sum(a.to(sums.dtype) * c[:, None], 0)
             first += ROWS
             more = tl.load(column + first, mask=first < count, other=-1) == y

@@ -2,9 +2,9 @@
 
 A kernel goes from log-probs to the loss, its coefficients dloss/dlogp and the metrics' sums in one launch:
 
-    policy_kernel.policy_loss      rho -> surrogate, sampler's correction, KL        one sequence a program
-    score_kernels.preference_loss  scores of the chosen and the rejected side        one pair
-    score_kernels.judged_loss      the score of a sequence, desirable or not         one sequence
+    policy_kernel.policy_loss           rho -> surrogate, sampler's correction, KL    a sequence per program
+    preference_kernels.preference_loss  scores of the chosen and the rejected side    a pair
+    preference_kernels.judged_loss      the score of a sequence, desirable or not     a sequence
 
 A program walks over the tokens of its item, BLOCK at a time, in float64: the arithmetic costs nothing beside
 the loads, and sums keep their digits. It walks again where a coefficient depends on a sum over the item;

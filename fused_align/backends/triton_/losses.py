@@ -1,8 +1,8 @@
 """The steps `policy_loss` and `preference_loss`: which losses a kernel computes, and how one is launched.
 
 `cover` gives the kernel of a loss, or a sentence why the loss goes through autograd on [n]-sized vectors. The
-formulas are in policy_kernel.py and score_kernels.py; what is fixed before a launch is worked out here: codes
-for what is compiled in, and hyperparameters as one float64 tensor.
+formulas are in policy_kernel.py and preference_kernels.py; what is fixed before a launch is worked out here:
+codes for what is compiled in, and hyperparameters as one float64 tensor.
 """
 
 from __future__ import annotations
@@ -44,10 +44,14 @@ from ...losses.preference import (
 from ...losses.unpaired import KTO, APOZeroUnpaired, UnpairedLoss
 from ...losses.weighted import CISPO, REINFORCE, SAPO
 from . import policy_kernel as policy
-from . import score_kernels as score
+from . import preference_kernels as preference
 
-BLOCK = 1024  # tokens of a step: 4 in each thread of 8 warps, whose sums then stay in registers
-WARPS = 8
+BLOCK = 512  # tokens of a step: 4 for each thread of 4 warps, whose sums in float64 take up to 220 registers
+OPTIONS = {"num_warps": 4}
+if (
+    torch.version.hip is None
+):  # without it ptxas spills some registers to make room for more warps than there are
+    OPTIONS["maxnreg"] = 255
 
 
 class Evaluated(NamedTuple):
@@ -99,7 +103,7 @@ class LossKernel:
         c, sums = launch.arguments["c"], launch.arguments["sums"]
         if launch.programs:
             with _device_of(logp):
-                launch.kernel[(launch.programs,)](**launch.arguments, num_warps=WARPS)
+                launch.kernel[(launch.programs,)](**launch.arguments, **OPTIONS)
         return Evaluated(sums[0], None if c is None else c.view(logp.shape), sums, logp.dtype)
 
     def launch(
@@ -246,7 +250,7 @@ def _policy(loss: PolicyLoss, humanline: Humanline | None) -> LossKernel | str:
     if loss.reads:
         return f"{loss.name} reads the entropy (entropy_coef, top_entropy), and its kernel only log-probs"
     if loss.off_policy_threshold is not None:
-        return f"{loss.name}(off_policy_threshold=...) has no kernel"
+        return f"{loss.name}(off_policy_threshold=...) masks whole sequences, which its kernel does not"
     kind, ratio, own = _SURROGATES[type(loss)](loss)
     level, _, how = (loss.sampler_correction or "").partition("_")
     codes = {
@@ -270,7 +274,7 @@ def _policy(loss: PolicyLoss, humanline: Humanline | None) -> LossKernel | str:
 
 
 class PairKernel(LossKernel):
-    kernel = score.preference_loss
+    kernel = preference.preference_loss
     rows = 9
 
     def _programs(self, batch: Batch) -> int:
@@ -305,7 +309,7 @@ def _logistic(
     right, wrong = 1 - flipped, flipped
     if robust:
         right, wrong = right / (1 - 2 * flipped), -wrong / (1 - 2 * flipped)
-    return score.LOGISTIC, (right, wrong, gamma, lam, *more)
+    return preference.LOGISTIC, (right, wrong, gamma, lam, *more)
 
 
 def _adaptive(loss: MADPO) -> tuple[float, ...]:
@@ -316,16 +320,16 @@ def _adaptive(loss: MADPO) -> tuple[float, ...]:
 _PAIRS: dict[type[Loss], Callable[[Any], tuple[Any, tuple[float, ...]]]] = {
     # -> the formula, and its own parameters
     DPO: lambda x: _logistic(x.label_smoothing, x.robust),
-    IPO: lambda x: (score.SQUARE, (1 / (2 * x.tau),)),
-    Hinge: lambda x: (score.HINGE, ()),
+    IPO: lambda x: (preference.SQUARE, (1 / (2 * x.tau),)),
+    Hinge: lambda x: (preference.HINGE, ()),
     SigmoidNorm: lambda x: _logistic(),
-    EXO: lambda x: (score.EXO, (math.log1p(-x.eps), math.log(x.eps))),
-    NCA: lambda x: (score.NCA, ()),
-    BCOPair: lambda x: (score.BCO, ()),
-    SPPOHard: lambda x: (score.SPPO, (1 / (2 * x.beta),)),
-    APOZero: lambda x: (score.APO_ZERO, ()),
-    APODown: lambda x: (score.APO_DOWN, ()),
-    DiscoPOP: lambda x: (score.DISCO, (x.tau,)),
+    EXO: lambda x: (preference.EXO, (math.log1p(-x.eps), math.log(x.eps))),
+    NCA: lambda x: (preference.NCA, ()),
+    BCOPair: lambda x: (preference.BCO, ()),
+    SPPOHard: lambda x: (preference.SPPO, (1 / (2 * x.beta),)),
+    APOZero: lambda x: (preference.APO_ZERO, ()),
+    APODown: lambda x: (preference.APO_DOWN, ()),
+    DiscoPOP: lambda x: (preference.DISCO, (x.tau,)),
     DPOP: lambda x: _logistic(lam=x.lam),
     MADPO: lambda x: _logistic(more=_adaptive(x)),
     SimPO: lambda x: _logistic(gamma=x.gamma),
@@ -337,15 +341,15 @@ def _scored(loss: PairLoss) -> tuple[Any, bool, float]:
     """-> what is made of a sequence's log-ratios; whether of their mean; its power."""
     alpha = getattr(loss, "alphapo", 0.0)
     if alpha:  # (1 - e^(-a m)) / a, the same with power -a
-        return score.POWER, True, -alpha
+        return preference.POWER, True, -alpha
     if isinstance(loss, DPO) and loss.f_divergence == "forward_kl":  # 1 - e^-L
-        return score.POWER, False, -1.0
+        return preference.POWER, False, -1.0
     if isinstance(loss, DPO) and loss.f_divergence == "alpha" and loss.f_alpha != 1:
-        return score.POWER, False, loss.f_alpha - 1
+        return preference.POWER, False, loss.f_alpha - 1
     if isinstance(loss, DPO) and loss.f_divergence == "js":
-        return score.JS, False, 1.0
+        return preference.JS, False, 1.0
     mean = isinstance(loss, (SigmoidNorm, SimPO)) or isinstance(loss, IPO) and loss.normalize
-    return score.PLAIN, mean, 1.0
+    return preference.PLAIN, mean, 1.0
 
 
 def _pair(loss: PairLoss, humanline: Humanline | None) -> LossKernel | str:
@@ -366,7 +370,7 @@ def _pair(loss: PairLoss, humanline: Humanline | None) -> LossKernel | str:
 
 
 class JudgedKernel(LossKernel):
-    kernel = score.judged_loss
+    kernel = preference.judged_loss
     rows = 8
 
     def _columns(self, batch: Batch, metrics: bool) -> dict[str, Any]:
@@ -421,7 +425,9 @@ def cover(loss: Loss, humanline: RatioClip | None) -> LossKernel | str:
         return _pair(loss, humanline)  # type: ignore[arg-type]
     if kind in (KTO, APOZeroUnpaired):
         return _judged(loss, humanline)  # type: ignore[arg-type]
-    return f"{loss.name} ({kind.__module__}) has no kernel"
+    return (
+        f"{loss.name} has no kernel: {kind.__module__}.{kind.__qualname__} is none of the classes that have"
+    )
 
 
 def _clip(humanline: Humanline | None) -> tuple[float, float]:

@@ -7,10 +7,23 @@ import triton.language as tl
 
 from ..operands import LN2 as LN2_
 from ..operands import LOG2E as LOG2E_
+from . import interpreted
 
 LN2 = tl.constexpr(LN2_)
 LOG2E = tl.constexpr(LOG2E_)
 INF = tl.constexpr(math.inf)
+INTERPRETED = tl.constexpr(interpreted())
+
+
+@triton.jit
+def rounded(x, TYPE: tl.constexpr):
+    """x in another dtype, to the nearest. (The interpreter cuts off what bfloat16 has no room for.)"""
+    if INTERPRETED and tl.bfloat16 == TYPE and x.dtype != tl.bfloat16:
+        x = x.to(tl.float32)
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, nearest, x)
+    return x.to(TYPE)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 from ..operands import LOWEST as LOWEST_
 from ..operands import SHIFT as SHIFT_
 from ..operands import STEEP as STEEP_
-from .maths import LN2, LOG2E, capped, finish
+from .maths import LN2, LOG2E, capped, finish, rounded
 
 LOWEST = tl.constexpr(LOWEST_)
 SHIFT = tl.constexpr(SHIFT_)
@@ -54,7 +54,7 @@ def open_rows(
         a = tl.load(x + row[:, None] * x_stride + column[None, :] * x_step, mask=inside, other=0)
         w = tl.load(weight + y[:, None] * weight_stride + column[None, :] * weight_step, mask=inside, other=0)
         if OPERAND is not None:
-            w = w.to(OPERAND)
+            w = rounded(w, OPERAND)
         sums += a.to(WORK) * w.to(WORK)
     dot = tl.sum(sums, 1)
     if bias is not None:

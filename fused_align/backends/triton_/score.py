@@ -87,15 +87,50 @@ def _place(item, blocks, groups, BAND: tl.constexpr):
 
 
 @triton.jit
-def _exponents(a, gain, ref, hide, ENTROPY: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Base-2 exponents of a tile [m, v] of capped logits, and their exponentials."""
+def _halves(a):  # [m, v] -> two of [m, v / 2]
+    return tl.split(tl.permute(tl.reshape(a, (a.shape[0], 2, a.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _capped(a, bias, first, vocab, inner, CAPPED: tl.constexpr):
+    """Logits [m, v] with their bias, and under the cap: tanh of inner times them."""
+    if bias is not None:
+        col = first + tl.arange(0, a.shape[1])
+        a += tl.load(bias + col, mask=col < vocab, other=0.0).to(tl.float32)[None, :]
+    return _tanh(a * inner) if CAPPED else a
+
+
+@triton.jit
+def _sums(
+    a,  # [m, v], capped logits
+    first,  # column
+    vocab,
+    y,  # [m]
+    gain,  # [m]
+    ref,  # [m]
+    pivot,  # [m]
+    MOMENT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Sum of the exponentials of a tile, and of their products with exponent + pivot, [m] each."""
+    col = first + tl.arange(0, a.shape[1])
     x = tl.fma(a, gain[:, None], -ref[:, None])
-    x = tl.where(hide, _NEVER, x)
-    if ENTROPY:
+    x = tl.where((col[None, :] == y[:, None]) | (col >= vocab)[None, :], _NEVER, x)
+    if MOMENT:
         x = tl.where(x < _NEVER, _NEVER, x)  # -inf, of a bias: 0 * inf would be NaN
     if INTERPRETED:
         x = tl.where(x > 118.0, 118.0, x)  # numpy warns of what it rounds to inf; both are beyond
-    return x, tl.exp2(x)
+    e = tl.exp2(x)
+    moment = tl.sum(e * (x + pivot[:, None]), 1) if MOMENT else pivot
+    return tl.sum(e, 1), moment
+
+
+@triton.jit
+def _top(a, first, vocab, gain, ref):
+    """The largest exponent of each row; the target's does not matter, 2^58 below those that it is for."""
+    valid = (first + tl.arange(0, a.shape[1]) < vocab)[None, :]
+    top = tl.max(tl.where(valid, tl.where((gain > 0)[:, None], a, -a), -float("inf")), 1)
+    return tl.fma(top, tl.abs(gain), -ref)
 
 
 @triton.jit
@@ -175,32 +210,24 @@ def _score_kernel(
             if entropy:
                 p = tl.load(pivot + row, mask=known, other=0.0).to(tl.float32)
                 moment = tl.zeros((ROWS,), tl.float64)
-        col = (group * PER + done % PER) * COLS + tl.arange(0, COLS)
-        valid = col < vocab
-        if bias is not None:
-            acc += tl.load(bias + col, mask=valid, other=0.0).to(tl.float32)[None, :]
-        if CAPPED:
-            acc = _tanh(acc * inner)
-        hide = (col[None, :] == y[:, None]) | (col >= vocab)[None, :]
-        t, e = _exponents(acc, g, r, hide, entropy, INTERPRETED)
-        found = tl.sum(e, 1)
-        if entropy:
-            distance = tl.sum(e * (t + p[:, None]), 1)
+        first = (group * PER + done % PER) * COLS
+        acc = _capped(acc, bias, first, vocab, inner, CAPPED)
+        found, distance = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+        if first < vocab:  # the last group may have less tiles
+            found, distance = _sums(acc, first, vocab, y, g, r, p, entropy, INTERPRETED)
         beyond = found > _HIGHEST
         if tl.max(beyond.to(tl.int32), 0) > 0:
             # by tl.where for each row: rows that are not beyond keep what they have to the last bit
-            top = tl.max(tl.where(hide, _NEVER, tl.fma(acc, g[:, None], -r[:, None])), 1)
-            jump = tl.where(beyond, tl.ceil(top), 0.0)
+            jump = tl.where(beyond, tl.ceil(_top(acc, first, vocab, g, r)), 0.0)
             r += jump
-            t, e = _exponents(acc, g, r, hide, entropy, INTERPRETED)
-            found = tl.where(beyond, tl.sum(e, 1), found)
             if entropy:
                 moved = tl.where(beyond, 0.0, p)
                 moment += (moved - p - jump).to(tl.float64) * total.to(tl.float64)
                 moment *= _half_power(jump).to(tl.float64)
                 p = moved
-                distance = tl.where(beyond, tl.sum(e * (t + p[:, None]), 1), distance)
             total *= _half_power(jump)
+            again, apart = _sums(acc, first, vocab, y, g, r, p, entropy, INTERPRETED)
+            found, distance = tl.where(beyond, again, found), tl.where(beyond, apart, distance)
         total += found
         if entropy:
             moment += distance.to(tl.float64)

@@ -6,10 +6,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ...humanline import RatioClip
+from ...losses.base import Loss
 from ...rows import Rows
 from .. import torch_
 from ..operands import LOWEST, STATS, Chunk, Coefficients, Head, Scratch, Upstream
 from . import tuning
+from .losses import LossKernel, cover
 
 gemm = torch_.gemm
 
@@ -38,7 +41,7 @@ def open_rows(
     per_row = isinstance(inverse, Tensor)
     heat = inverse if per_row else torch.full((1,), inverse, dtype=torch.float64, device=x.device)
     tuning.open_rows(
-        (count,), x, head.weight, head.bias, target, heat, z, ref, slope, count, x.shape[1],
+        (count,), x, head.weight, _dense(head.bias), target, heat, z, ref, slope, count, x.shape[1],
         *x.stride(), *head.weight.stride(), int(per_row), SCALE=head.logit_scale, CAP=head.softcap,
         OPERAND=_rounding(head, head.weight),
     )  # fmt: skip
@@ -75,7 +78,7 @@ def coefficients(chunk: Chunk, up: Upstream, entropy: Tensor | None = None, *, v
     on_average = torch.empty_like(chunk.z) if up.average is not None and not capped else None
     uniform = torch.empty_like(chunk.z) if up.average is not None and capped else None
     flags = torch.empty(count, dtype=torch.int32, device=chunk.z.device)
-    ups = (None if c is None else c.contiguous() for c in (up.logp, up.lse, up.entropy, up.average))
+    ups = map(_dense, (up.logp, up.lse, up.entropy, up.average))
     tuning.coefficients(
         (count,), chunk.z, chunk.ref, chunk.total, chunk.factor, chunk.slope, *ups,
         entropy if up.entropy is not None else None, after, total, on_rows, on_target,
@@ -110,7 +113,7 @@ def exp_tile(
     count, cols = logits.shape
     before, moved = chunk.ref, torch.empty_like(chunk.ref) if watch else None
     tuning.exp_tile(
-        (count,), logits, out, product if watch else None, bias, chunk.target, _gain(chunk),
+        (count,), logits, out, product if watch else None, _dense(bias), chunk.target, _gain(chunk),
         before, moved, chunk.total, chunk.moment, chunk.pivot, chunk.squares,
         None if head.softcap is None else chunk.average, count, cols, start, head.weight.shape[1],
         head.weight.shape[0], logits.stride(0), 0 if out is None else out.stride(0),
@@ -134,7 +137,7 @@ def grad_tile(
     logits = _logits(head, chunk, weight, tile, scratch)
     constant, mixing = coef.mix or (None, None)
     tuning.grad_tile(
-        logits.shape, logits, out, bias, chunk.target, _gain(chunk), chunk.ref, constant,
+        logits.shape, logits, out, _dense(bias), chunk.target, _gain(chunk), chunk.ref, constant,
         mixing, coef.uniform, *logits.shape, start, logits.stride(0), out.stride(0), INNER=_inner(head),
     )  # fmt: skip
 
@@ -172,6 +175,10 @@ def _gain(chunk: Chunk) -> Tensor:  # -> [r]
     if not isinstance(chunk.gain, Tensor):
         chunk.gain = torch.full_like(chunk.z, chunk.gain)
     return chunk.gain
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 def _inner(head: Head) -> float | None:
@@ -231,6 +238,11 @@ def add_hidden_rows(
 
 def add_products(out: Tensor, tile: Tensor, coef: Tensor) -> None:
     tuning.add_products((tile.shape[1],), out, tile, coef, *tile.shape, tile.stride(0))
+
+
+def loss_kernel(loss: Loss, humanline: RatioClip | None) -> LossKernel | None:
+    found = cover(loss, humanline)
+    return None if isinstance(found, str) else found
 
 
 def _rounding(head: Head, tensor: Tensor) -> tl.dtype | None:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..operands import CEILING as CEILING_
-from .maths import INF, LN2, capped
+from .maths import INF, LN2, capped, rounded
 
 CEILING = tl.constexpr(CEILING_)
 
@@ -96,7 +96,7 @@ def exp_tile(
         s *= down
         q *= down.to(tl.float64) * down.to(tl.float64)
         if product is not None:
-            if tl.max(jump, 0) > 0:  # the only rows that are read for it
+            if tl.max(jump, 0) > 0:  # noqa: SIM102  (one is compiled away, the other looks at data)
                 for first in range(0, hidden, COLS):
                     column = first + tl.arange(0, COLS)
                     where = product + row[:, None] * product_stride + column[None, :]
@@ -121,7 +121,7 @@ def exp_tile(
         if average is not None:
             logit += tl.where(inside, z, 0)
         if out is not None:
-            e = (e * slope).to(out.dtype.element_ty)
+            e = rounded(e * slope, out.dtype.element_ty)
             tl.store(out + row[:, None] * out_stride + column[None, :], e, mask=inside)
     tl.store(total + row, s + tl.sum(sums, 1), mask=live)
     if moment is not None:
@@ -169,7 +169,7 @@ def grad_tile(
         e = mixed(e, x, constant, slope_of, row, live)
     if uniform is not None:
         e += tl.load(uniform + row, mask=live, other=0)[:, None]
-    e = (e * slope).to(out.dtype.element_ty)
+    e = rounded(e * slope, out.dtype.element_ty)
     tl.store(out + row[:, None] * out_stride + column[None, :], e, mask=inside)
 
 
@@ -204,7 +204,7 @@ def kept_tile(
         e = e.to(shift.dtype) * tl.exp2(shift)[:, None]
     if constant is not None:
         e = mixed(e, tl.log2(tl.maximum(e, TINY)), constant, slope_of, row, here)
-    tl.store(out + row[:, None] * out_stride + column[None, :], e.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row[:, None] * out_stride + column[None, :], rounded(e, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

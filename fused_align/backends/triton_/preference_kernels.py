@@ -263,31 +263,32 @@ def preference_loss(
     other_count, other_total, other_logps, other_inside = read_side(
         logp, ref, token_weight, target, other_begin, other_end, bounds, HUMANLINE, METRICS, BLOCK
     )
+    out = partials + p
+    if METRICS:
+        tl.store(out + programs, count + other_count)
+        tl.store(out + 2 * programs, inside + other_inside)
+        tl.store(out + 3 * programs, logps)
+        tl.store(out + 4 * programs, other_logps)
     chosen, slope = score_of(total, count, params, MEAN, SCORE)
     rejected, other_slope = score_of(other_total, other_count, params, MEAN, SCORE)
+    if METRICS:
+        reward, other_reward = scale * chosen, scale * rejected
+        tl.store(out + 5 * programs, reward)
+        tl.store(out + 6 * programs, other_reward)
+        tl.store(out + 7 * programs, tl.where(reward > other_reward, 1.0, 0.0))
+        tl.store(out + 8 * programs, reward - other_reward)
     weight = scale * 0.0 + 1.0
     if margin is not None:
         weight = adaptive_weight(read(margin, p, p >= 0, logp), params + 9)
     value, by_chosen, by_rejected = pair_terms(chosen, rejected, scale, params + 5, weight, KIND)
     share = 1.0 / tl.load(divisor)
+    tl.store(out, value * share)
     if c is not None:
         by_chosen, by_rejected = share * by_chosen * slope, share * by_rejected * other_slope
         write_side(by_chosen, logp, ref, token_weight, target, c, begin, end, bounds, HUMANLINE, BLOCK)
         write_side(
             by_rejected, logp, ref, token_weight, target, c, other_begin, other_end, bounds, HUMANLINE, BLOCK
         )
-    out = partials + p
-    tl.store(out, value * share)
-    if METRICS:
-        reward, other_reward = scale * chosen, scale * rejected
-        tl.store(out + programs, count + other_count)
-        tl.store(out + 2 * programs, inside + other_inside)
-        tl.store(out + 3 * programs, logps)
-        tl.store(out + 4 * programs, other_logps)
-        tl.store(out + 5 * programs, reward)
-        tl.store(out + 6 * programs, other_reward)
-        tl.store(out + 7 * programs, tl.where(reward > other_reward, 1.0, 0.0))
-        tl.store(out + 8 * programs, reward - other_reward)
     add_up(partials, counter, sums, programs, K, ROWS)
 
 
@@ -325,20 +326,7 @@ def judged_loss(
     )
     good = tl.load(desirable + s) != 0
     reward = beta * total
-    distance = reward
-    if kl is not None:
-        distance = reward - beta * read(kl, s * 0, s >= 0, logp)
-    # w (1 - s(x)) = w s(-x), x the distance of a desirable one, or its negative
-    x = tl.where(good, distance, -distance)
-    weight = tl.where(good, tl.load(params + 1), tl.load(params + 4)) / tl.load(divisor)
-    if c is not None:
-        by_total = weight * beta * sigmoid(x) * sigmoid(-x)
-        write_side(
-            tl.where(good, -by_total, by_total),
-            logp, ref, token_weight, target, c, begin, end, bounds, HUMANLINE, BLOCK,
-        )  # fmt: skip
     out = partials + s
-    tl.store(out, weight * sigmoid(-x))
     if METRICS:
         tl.store(out + programs, count)
         tl.store(out + 2 * programs, inside)
@@ -347,4 +335,17 @@ def judged_loss(
         tl.store(out + 5 * programs, tl.where(good, 0.0, logps))
         tl.store(out + 6 * programs, tl.where(good, reward, 0.0))
         tl.store(out + 7 * programs, tl.where(good, 0.0, reward))
+    distance = reward
+    if kl is not None:
+        distance = reward - beta * read(kl, s * 0, s >= 0, logp)
+    # w (1 - s(x)) = w s(-x), x the distance of a desirable one, or its negative
+    x = tl.where(good, distance, -distance)
+    weight = tl.where(good, tl.load(params + 1), tl.load(params + 4)) / tl.load(divisor)
+    tl.store(out, weight * sigmoid(-x))
+    if c is not None:
+        by_total = weight * beta * sigmoid(x) * sigmoid(-x)
+        write_side(
+            tl.where(good, -by_total, by_total),
+            logp, ref, token_weight, target, c, begin, end, bounds, HUMANLINE, BLOCK,
+        )  # fmt: skip
     add_up(partials, counter, sums, programs, K, ROWS)
