@@ -4,7 +4,14 @@ from . import losses
 from .api import AlignOutput, align_loss
 from .batch import Batch
 from .humanline import Humanline, HumanlineSampling, SyncSchedule
-from .linear import TokenStats, linear_logp, logp_from_logits, release_workspace, token_stats
+from .linear import (
+    TokenStats,
+    linear_logp,
+    logp_from_logits,
+    release_workspace,
+    stats_from_logits,
+    token_stats,
+)
 from .losses import *  # noqa: F403  the losses and their helpers, as losses.__all__ names them
 from .planning import explain
 
@@ -22,6 +29,7 @@ __all__ = [
     "linear_logp",
     "logp_from_logits",
     "release_workspace",
+    "stats_from_logits",
     "token_stats",
 ]
 __all__ += losses.__all__

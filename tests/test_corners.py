@@ -11,7 +11,7 @@ from tolerances import GRAD, check_logp, relative_errors
 from torch import Tensor
 
 import fused_align as fa
-from fused_align.linear import ops
+from fused_align import backends
 from fused_align.linear.plan import Problem, choose
 
 
@@ -151,14 +151,15 @@ def test_gradients_of_gradients_are_refused(plan: str):
 def test_an_entropy_that_nobody_differentiates_costs_no_gradient(monkeypatch: pytest.MonkeyPatch):
     hidden, weight, target = operands(8, 4, 30, torch.float32)
     asked: list[bool] = []
-    own = ops.coefficients
+    steps = backends.steps(backends.pick("auto", hidden.device))
+    own = steps.coefficients
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         found = own(*args, **kwargs)
         asked.append(found.mix is not None)
         return found
 
-    monkeypatch.setattr(ops, "coefficients", spy)
+    monkeypatch.setattr(steps, "coefficients", spy)
     stats = fa.token_stats(hidden.requires_grad_(), weight.requires_grad_(), target, entropy=True)
     stats.logp.sum().backward(retain_graph=True)
     assert stats.entropy is not None and asked == [False]

@@ -501,3 +501,6 @@ def test_what_does_not_fit_says_so():
         run(fa.DPO(), batch, problem.logp[:2], 1.0)
     with pytest.raises(ValueError, match=r"parts of sequences.*GSPO"):
         run(fa.GSPO(), live.take_tokens(torch.arange(3)), live.target[:3].double(), 1.0)
+    scored, _ = run(fa.DPO(), batch, problem.logp, 1.0, metrics=False)
+    with pytest.raises(ValueError, match=r"DPO.*9 sums, of evaluate\(metrics=True\); got 1"):
+        kernel_of(fa.DPO()).metrics(scored, batch)

@@ -18,9 +18,11 @@ from . import eager, torch_, triton_
 if TYPE_CHECKING:
     from ..batch import Batch
     from ..humanline import RatioClip
+    from ..linear.plan import Problem
     from ..losses.base import Loss
     from ..rows import Rows
     from .operands import Chunk, Coefficients, Head, Scratch, Upstream
+    from .torch_logits import LogitStats
 
 _TABLE: dict[str, ModuleType] = {"triton": triton_, "torch": torch_, "eager": eager}
 _AUTO = ("triton", "torch")  # in the order "auto" tries them
@@ -53,7 +55,7 @@ class LossKernel(Protocol):
 
 
 class Steps(Protocol):
-    """What a backend implements, on a tile of the vocabulary or on vectors of rows; documented in `torch_`."""
+    """What a backend implements, on a tile of the vocabulary or on vectors of rows; `torch_` documents it."""
 
     def watching_is_free(self, device: torch.device) -> bool: ...
 
@@ -129,6 +131,12 @@ class Steps(Protocol):
         scratch: Scratch,
     ) -> None: ...
 
+    def fused_score(self, head: Head, chunk: Chunk) -> None: ...
+
+    def why_not_fused(self, problem: Problem) -> str | None: ...
+
+    def fused_bytes(self, problem: Problem, rows: int) -> int: ...
+
     # gradients
 
     def scaled_rows(self, x: Tensor, coef: Tensor, dtype: torch.dtype) -> Tensor: ...
@@ -156,6 +164,26 @@ class Steps(Protocol):
     ) -> None: ...
 
     def add_products(self, out: Tensor, tile: Tensor, coef: Tensor) -> None: ...
+
+    # logits that exist
+
+    def logit_stats(
+        self, logits: Tensor, target: Tensor, inverse: Tensor | None, scalar: float, *, entropy: bool = False
+    ) -> LogitStats: ...
+
+    def logit_gradient(
+        self,
+        dlogp: Tensor,
+        dlse: Tensor | None,
+        dentropy: Tensor | None,
+        logits: Tensor,
+        target: Tensor,
+        stats: LogitStats,
+        inverse: Tensor | None,
+        scalar: float,
+        *,
+        out: Tensor,
+    ) -> None: ...
 
     # losses
 

@@ -8,6 +8,7 @@ on subnormal results.
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ from .operands import (
     Upstream,
     reference,
 )
+from .torch_logits import logit_gradient as logit_gradient
+from .torch_logits import logit_stats as logit_stats
+
+if TYPE_CHECKING:
+    from ..linear.plan import Problem
 
 GATHER_BYTES = 1 << 20  # the target rows of the weight are gathered in blocks of this size
 SQUARED_COLS = 128  # columns of a tile that are squared in float64 at a time
@@ -416,6 +422,20 @@ def _mix(mix: tuple[Tensor, Tensor], exponent: Tensor, scratch: Scratch, number:
     """a + b x of exponents x, in scratch tile `number` (which may be the exponents' own)."""
     out = scratch.tile(number, exponent.shape)
     return torch.addcmul(mix[0][:, None], exponent, mix[1][:, None], out=out)
+
+
+def fused_score(head: Head, chunk: Chunk) -> None:
+    """What walking with `exp_tile` sums, where that is one kernel; see `why_not_fused`."""
+    raise NotImplementedError("torch has no kernel of this kind")
+
+
+def why_not_fused(problem: Problem) -> str | None:
+    return "fused is a kernel of the backend triton"
+
+
+def fused_bytes(problem: Problem, rows: int) -> int:
+    """What `fused_score` takes for a chunk of rows."""
+    return 0
 
 
 # ---- gradients ---------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ class Walk:
         self.rounding = 1 + problem.extra_tiles  # the scratch tile after those that steps use
         # A walk is in trust, and made again where a look at the sums finds a row lost; or it watches from the
         # start: where the host may not look (max_live), and where looking costs nothing.
-        self.static = problem.static
+        self.static, self.fused = problem.static, plan.name == "fused"
         self.watches = problem.static or self.steps.watching_is_free(problem.device)
 
     def tiles(self) -> Iterator[tuple[int, int]]:
@@ -99,6 +99,9 @@ class Walk:
 
         product receives (E f) @ W, where f is the cap's 1 - tanh^2 (after S is summed).
         """
+        if self.fused:
+            self.steps.fused_score(self.head, chunk)
+            return
         if not self.watches:
             self.walk(chunk, None, product, watch=False)
             if not bool(self.steps.lost(chunk)):

@@ -2,6 +2,7 @@
 
     plan       when                                         GEMM passes    held at once
     score      no gradient                                  1              one tile [rows, cols]
+    fused      no gradient, in one kernel (triton)          1              no logits; sums of parts of the rows
     jacobian   the head is frozen                           1 + 1          one tile; E @ W of every row
     single     coefficients known per token (align_loss)    1 + d f        E of a chunk of rows [rows, V]
     window     coefficients known per sequence or pair      1 + d f        E of a chunk of whole items
@@ -28,7 +29,7 @@ from ..backends.operands import HALF
 from ..backends.torch_ import GATHER_BYTES as STEP_BYTES
 from ..backends.torch_ import SPARE, SQUARED_COLS
 
-PLANS = ("auto", "score", "jacobian", "single", "window", "recompute")
+PLANS = ("auto", "score", "fused", "jacobian", "single", "window", "recompute")
 MIB = 1 << 20
 
 # A tile that stays in a CPU's cache between the GEMM and the passes over it; on a GPU, one that fills it.
@@ -43,7 +44,10 @@ GATHER_BYTES = 3 * STEP_BYTES  # gathered weight rows and the products with them
 # from memory, of float32 and of 16-bit operands; the bytes per logit that passes over a tile amount to, from
 # the logit to its exponential; the rows of a chunk at which a GEMM runs at half its speed.
 FLOPS_PER_BYTE = {"cpu": (10.0, 40.0), "cuda": (12.0, 184.0)}
-EXP_BYTES = {"cpu": 5, "cuda": 20}
+EXP_BYTES = {"torch": {"cpu": 5, "cuda": 20}, "triton": {"cpu": 5, "cuda": 8}}
+FUSED_SPEED = (
+    0.8  # of the fused kernel's product, as a share of the vendor's; an estimate until it is measured
+)
 LIVE_SHARE = 0.9  # f, where a loss may clip tokens away: how many is not known before the forward
 HALF_SPEED_ROWS = {"cpu": 4, "cuda": 256}
 
@@ -67,6 +71,7 @@ class Problem:
     backend: str = "torch"
     capped: bool = False
     entropy: bool = False  # forward
+    average: bool = False
     entropy_grad: bool = False
     average_grad: bool = False  # of the mean logit (label smoothing)
     squares: bool = False  # sum of p^2 (WPO)
@@ -74,6 +79,7 @@ class Problem:
     scale_known: bool = False  # grad_scale: what the loss will be multiplied by
     static: bool = False  # max_live: nothing is read back from the device
     sparse: bool = False  # whether the loss may give tokens a coefficient of exactly 0
+    adjacent: bool = True  # the columns of hidden and weight
     coupling: str | None = None  # "token" | "sequence" | "pair": what is known together; None: all at the end
     sizes: tuple[int, ...] = ()  # live tokens of each sequence or pair
 
@@ -112,6 +118,8 @@ class Problem:
 
     def scratch(self, plan: str, rows: int, cols: int) -> tuple[int, int, int]:
         """Bytes of scratch: tiles, parts of 16-bit products, complete rows."""
+        if plan == "fused":
+            return 0, 0, 0
         size, area, complete = self.work.itemsize, rows * cols, plan in COMPLETE
         tiles = size * area * (1 + self.extra_tiles)
         if self.low:
@@ -134,6 +142,8 @@ class Problem:
         if {x, operand} & {*HALF} and not self.on_cpu:
             needed += size * max(rows * cols, rows * H, cols * H)  # what a GEMM gives before it is added
         needed += min(GATHER_BYTES, 3 * size * rows * H) + ROW_BYTES * rows
+        if plan == "fused":
+            return needed + backends.steps(self.backend).fused_bytes(self, rows)
         needed += 2 * 8 * rows * min(cols, SQUARED_COLS) * self.squares
         if plan in (*COMPLETE, "recompute"):
             # dhidden of the chunk; rows scaled by coefficients, and rounded
@@ -167,7 +177,7 @@ class Problem:
     def passes(self, plan: str, rows: int, apart: bool = False) -> tuple[float, float]:
         """GEMM passes for logits and for gradients, every coefficient taken as live."""
         gradients = self.grad_hidden + self.grad_head
-        if plan == "score":
+        if plan in ("score", "fused"):
             return 1, 0
         if plan == "jacobian":
             return 1, 1
@@ -186,7 +196,9 @@ class Problem:
         chunks = -(-self.rows // plan.rows)
         weight = self.vocab * self.hidden
         moved = (logits + gradients) * chunks * weight * self.weight_dtype.itemsize
-        moved += logits * self.rows * self.vocab * EXP_BYTES[kind]
+        if plan.name == "fused":
+            return logits / FUSED_SPEED + byte * moved
+        moved += logits * self.rows * self.vocab * EXP_BYTES[self.backend][kind]
         kept = plan.rows * self.vocab * gemm_dtype(self).itemsize
         if plan.name in COMPLETE and kept > TILE_BYTES[kind]:  # written once, read by every gradient GEMM
             moved += (1 + gradients) * kept * chunks
@@ -262,7 +274,7 @@ def choose(problem: Problem, plan: str = "auto", workspace_bytes: int | None = N
     """
     check_plan(plan)
     available = budget(workspace_bytes, problem)
-    if not (problem.grad_hidden or problem.grad_head):
+    if not (problem.grad_hidden or problem.grad_head) and plan not in ("auto", "fused"):
         plan = "score"
     if plan != "auto":
         found = candidate(plan, problem, available)
@@ -295,8 +307,12 @@ def candidate(name: str, problem: Problem, available: int) -> Candidate:
 def _unfit(plan: str, problem: Problem) -> str | None:
     """Why a plan could not serve with any budget."""
     grad = problem.grad_hidden or problem.grad_head
+    if plan in ("score", "fused") and grad:
+        return f"{plan} computes no gradients, and some are needed"
     if plan == "score":
-        return "score computes no gradients, and some are needed" if grad else None
+        return None
+    if plan == "fused":
+        return backends.steps(problem.backend).why_not_fused(problem)
     if not grad:
         return f"nothing needs a gradient, so {plan} has nothing to do that score does not"
     if plan == "recompute":

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ...batch import IGNORE_INDEX
 from . import interpreted
+from .maths import rounded, softplus
 
 _IGNORE = tl.constexpr(IGNORE_INDEX)
 # e^-1000 is 0 in float64; an exponent below is taken for it, so that 0 * inf does not arise
@@ -52,13 +53,6 @@ class Found(NamedTuple):
 def _keep_above(x, LEAST: tl.constexpr):
     """max(x, LEAST), but NaN stays NaN."""
     return tl.where(x < LEAST, LEAST, x)
-
-
-@triton.jit
-def _log1p(u):
-    """ln(1 + u) of 0 <= u <= 1 in float64, with all digits."""
-    w = 1.0 + u
-    return tl.where(w == 1.0, u, tl.log(w) * u / tl.where(w == 1.0, 1.0, w - 1.0))
 
 
 @triton.jit
@@ -128,7 +122,7 @@ def _forward_kernel(
     e = tl.exp(apart)
     O = tl.sum(others * e, 1).to(tl.float64)  # noqa: E741
     odds = tl.where(O == 0.0, -float("inf"), tl.log(tl.where(O == 0.0, 1.0, O))) - gap
-    value = -(tl.maximum(odds, 0.0) + _log1p(tl.exp(-tl.abs(odds))))
+    value = -softplus(odds)
     p = tl.where(inside, tl.exp(gap), 0.0)
     Z = tl.where(live, O + p, 1.0)
     log_Z = tl.log(Z)
@@ -216,7 +210,9 @@ def _backward_kernel(
             grad = tl.exp(apart) * (slope[:, None] - bend[:, None] * apart)
         grad = tl.where(col[None, :] == y[:, None], own[:, None], grad)
         grad = tl.where(alive[:, None], grad, 0.0)
-        tl.store(into[:, None] + col[None, :], grad.to(out.dtype.element_ty), mask=known[:, None] & valid)
+        tl.store(
+            into[:, None] + col[None, :], rounded(grad, out.dtype.element_ty), mask=known[:, None] & valid
+        )
 
 
 def forward(

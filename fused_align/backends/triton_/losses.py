@@ -142,7 +142,19 @@ class LossKernel:
         return Launch(self.kernel, count, arguments)
 
     def metrics(self, found: Evaluated, batch: Batch) -> dict[str, Tensor]:
-        """The metrics of `Objective.metrics`, from what `evaluate` found with metrics=True. No host sync."""
+        """The metrics of `Objective.metrics`, from what `evaluate` found of a whole batch. No host sync.
+
+        Raises:
+            ValueError: it was called with metrics=False.
+        """
+        if found.sums.numel() != self.rows:
+            raise ValueError(
+                f"{self.loss.name}'s kernel: metrics need {self.rows} sums, of evaluate(metrics=True); got "
+                f"{found.sums.numel()}."
+            )
+        return self._metrics(found, batch)
+
+    def _metrics(self, found: Evaluated, batch: Batch) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def _columns(self, batch: Batch, metrics: bool) -> dict[str, Tensor | None]:
@@ -204,7 +216,7 @@ class PolicyKernel(LossKernel):
             "PER_TOKEN": batch.advantage_per_token,
         }
 
-    def metrics(self, found: Evaluated, batch: Batch) -> dict[str, Tensor]:
+    def _metrics(self, found: Evaluated, batch: Batch) -> dict[str, Tensor]:
         _, tokens, low, high, kl, inside = found.sums
         means: dict[str, Tensor] = {}
         if self.codes["KIND"] == policy.CLIPPED.value:
@@ -288,7 +300,7 @@ class PairKernel(LossKernel):
             "margin": _flat(batch.need("margin", loss.name)) if isinstance(loss, MADPO) else None,
         }
 
-    def metrics(self, found: Evaluated, batch: Batch) -> dict[str, Tensor]:
+    def _metrics(self, found: Evaluated, batch: Batch) -> dict[str, Tensor]:
         means = (found.sums[3:] / batch.pairs).to(found.dtype)
         names = (
             "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
@@ -385,7 +397,7 @@ class JudgedKernel(LossKernel):
             "kl": kl,
         }
 
-    def metrics(self, found: Evaluated, batch: Batch) -> dict[str, Tensor]:
+    def _metrics(self, found: Evaluated, batch: Batch) -> dict[str, Tensor]:
         sums = found.sums
         both = torch.stack([sums[3], batch.sequences - sums[3]])  # how many there are of each kind
         means = (sums[4:].view(2, 2) / both).to(found.dtype)

@@ -16,20 +16,29 @@ a row depends on the row alone, bit by bit, and not on how many there are or wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import interpreted
+from . import why_not as why_not_triton
 
 CEILING = 58.0  # base 2, as in linear.passes
 _HIGHEST = tl.constexpr(2.0**CEILING)
 _NEVER = tl.constexpr(-1000.0)  # the exponent of what does not count: 2^-1000 is 0 in float32
-_LOG2E = tl.constexpr(1.4426950408889634)
+_TWICE = tl.constexpr(-2 * 1.4426950408889634)  # -2 log2 e
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the kernel on one device."""
+    """Sizes of the kernel on one kind of device."""
 
     rows: int  # of a tile
     cols: int
@@ -37,21 +46,27 @@ class Config:
     warps: int
     stages: int
     band: int = 16  # blocks of rows that walk the vocabulary together, for the L2 cache
-    tma: bool = False  # whether the device has it
-    programs: int = 4  # of the grid
+    programs: int = 4  # of the grid; on a GPU one for each of its multiprocessors
 
 
-# By the kind of device and the bytes of an operand. 80: 163 KB of shared memory; 86 (8.6, 8.9, 12.x): 99 KB;
-# 90 and 100: 227 KB and TMA. float32 is multiplied without tensor cores, which would round the operands.
-CONFIGS: dict[tuple[int, int], Config] = {
-    (80, 2): Config(128, 128, 64, 8, 3),
-    (80, 4): Config(64, 128, 16, 8, 3),
-    (86, 2): Config(128, 128, 32, 8, 3),
-    (86, 4): Config(64, 128, 16, 8, 3),
-    (90, 2): Config(128, 256, 64, 8, 4, tma=True),
-    (90, 4): Config(64, 128, 16, 8, 3, tma=True),
-    (100, 2): Config(128, 256, 64, 8, 4, tma=True),
-    (100, 4): Config(64, 128, 16, 8, 3, tma=True),
+# By the architecture (80: all with about 100 KB of shared memory too), the bytes of an operand and what else is
+# held in registers: "plain", "entropy", "bias", or "odd" where rows are not a multiple of 16 bytes apart.
+# None of these spills registers; tests/aot_score.py has the cases. float32 does without tensor cores, which
+# would round the operands.
+_SINGLE = Config(64, 64, 16, 8, 3)
+_ODD = Config(64, 128, 32, 8, 3)
+CONFIGS: dict[tuple[int, int, str], Config] = {
+    (80, 2, "plain"): Config(128, 128, 64, 8, 3),
+    (80, 2, "entropy"): Config(64, 128, 64, 8, 3),
+    (80, 2, "bias"): Config(64, 128, 64, 8, 3),
+    (90, 2, "plain"): Config(128, 256, 64, 8, 4),
+    (90, 2, "entropy"): Config(128, 256, 64, 8, 4),
+    (90, 2, "bias"): Config(128, 128, 64, 8, 4),
+    (100, 2, "plain"): Config(128, 256, 64, 8, 4),
+    (100, 2, "entropy"): Config(128, 128, 64, 8, 4),
+    (100, 2, "bias"): Config(128, 128, 64, 8, 4),
+    **{(arch, 2, "odd"): _ODD for arch in (80, 90, 100)},
+    **{(arch, 4, kind): _SINGLE for arch in (80, 90, 100) for kind in ("plain", "entropy", "bias", "odd")},
 }
 INTERPRETED = Config(16, 64, 32, 1, 1, band=2)  # many tiles and groups in small problems
 
@@ -59,7 +74,7 @@ INTERPRETED = Config(16, 64, 32, 1, 1, band=2)  # many tiles and groups in small
 @triton.jit
 def _tanh(x):
     """tanh in float32; near 0 by its series, for the digits."""
-    e = tl.exp2(-2.0 * _LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * _TWICE)
     far = (1.0 - e) / (1.0 + e)
     far = tl.where(x < 0, -far, far)
     s = x * x
@@ -110,7 +125,7 @@ def _sums(
     ref,  # [m]
     pivot,  # [m]
     MOMENT: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    IN_PYTHON: tl.constexpr,
 ):
     """Sum of the exponentials of a tile, and of their products with exponent + pivot, [m] each."""
     col = first + tl.arange(0, a.shape[1])
@@ -118,7 +133,7 @@ def _sums(
     x = tl.where((col[None, :] == y[:, None]) | (col >= vocab)[None, :], _NEVER, x)
     if MOMENT:
         x = tl.where(x < _NEVER, _NEVER, x)  # -inf, of a bias: 0 * inf would be NaN
-    if INTERPRETED:
+    if IN_PYTHON:
         x = tl.where(x > 118.0, 118.0, x)  # numpy warns of what it rounds to inf; both are beyond
     e = tl.exp2(x)
     moment = tl.sum(e * (x + pivot[:, None]), 1) if MOMENT else pivot
@@ -133,7 +148,7 @@ def _top(a, first, vocab, gain, ref):
     return tl.fma(top, tl.abs(gain), -ref)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _score_kernel(
     x,  # [n, H], or its descriptor
     weight,  # [V, H], or its descriptor
@@ -157,7 +172,7 @@ def _score_kernel(
     CAPPED: tl.constexpr,
     TMA: tl.constexpr,
     EVEN: tl.constexpr,  # DEPTH divides hidden
-    INTERPRETED: tl.constexpr,
+    IN_PYTHON: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -189,7 +204,7 @@ def _score_kernel(
                 else:
                     left = tl.load(x + near[:, None] + k[None, :], mask=(k < hidden)[None, :], other=0.0)
                     right = tl.load(weight + far[:, None] + k[None, :], mask=(k < hidden)[None, :], other=0.0)
-            if INTERPRETED:  # which gets products of bfloat16 wrong
+            if IN_PYTHON:  # which gets products of bfloat16 wrong
                 left, right = left.to(tl.float32), right.to(tl.float32)
             acc = tl.dot(left, right.T, acc, input_precision="ieee")
 
@@ -214,7 +229,7 @@ def _score_kernel(
         acc = _capped(acc, bias, first, vocab, inner, CAPPED)
         found, distance = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
         if first < vocab:  # the last group may have less tiles
-            found, distance = _sums(acc, first, vocab, y, g, r, p, entropy, INTERPRETED)
+            found, distance = _sums(acc, first, vocab, y, g, r, p, entropy, IN_PYTHON)
         beyond = found > _HIGHEST
         if tl.max(beyond.to(tl.int32), 0) > 0:
             # by tl.where for each row: rows that are not beyond keep what they have to the last bit
@@ -226,7 +241,7 @@ def _score_kernel(
                 moment *= _half_power(jump).to(tl.float64)
                 p = moved
             total *= _half_power(jump)
-            again, apart = _sums(acc, first, vocab, y, g, r, p, entropy, INTERPRETED)
+            again, apart = _sums(acc, first, vocab, y, g, r, p, entropy, IN_PYTHON)
             found, distance = tl.where(beyond, again, found), tl.where(beyond, apart, distance)
         total += found
         if entropy:
@@ -238,3 +253,189 @@ def _score_kernel(
             if entropy:
                 tl.store(moments + place, moment, mask=known)
         done += 1
+
+
+@triton.jit(do_not_specialize=["n"])
+def _combine_kernel(
+    totals,  # [groups, n]
+    refs,  # [groups, n]
+    moments,  # [groups, n] float64 | None
+    start,  # [n], the references before
+    pivot,  # [n] float64 | None
+    out_total,  # [n] out
+    out_ref,  # [n] out
+    out_moment,  # [n] float64 out | None
+    out_pivot,  # [n] float64 out | None
+    n,
+    groups,
+    ROWS: tl.constexpr,
+):
+    """Adds the groups up, in their order, against the largest of their references."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    known = row < n
+    first = tl.load(start + row, mask=known, other=0.0)
+    ref, place = first, row
+    for _ in range(groups):
+        ref = tl.maximum(ref, tl.load(refs + place, mask=known, other=0.0))
+        place += n
+    total, moment = tl.zeros((ROWS,), tl.float64), tl.zeros((ROWS,), tl.float64)
+    if moments is not None:
+        given = tl.load(pivot + row, mask=known, other=0.0)
+        around = tl.where(ref == first, given, 0.0)
+        tl.store(out_pivot + row, around, mask=known)
+    place = row
+    for _ in range(groups):
+        own = tl.load(refs + place, mask=known, other=0.0)
+        down = _half_power(ref - own).to(tl.float64)
+        part = tl.load(totals + place, mask=known, other=0.0).to(tl.float64)
+        total += part * down
+        if moments is not None:
+            # the group's exponents are from its own reference, and its pivot was rounded, or 0 after a jump
+            rounded = tl.where(own == first, given.to(tl.float32), 0.0).to(tl.float64)
+            shift = (own - ref).to(tl.float64) + around - rounded
+            moment += (tl.load(moments + place, mask=known, other=0.0) + shift * part) * down
+        place += n
+    tl.store(out_total + row, total.to(tl.float32), mask=known)
+    tl.store(out_ref + row, ref, mask=known)
+    if moments is not None:
+        tl.store(out_moment + row, moment, mask=known)
+
+
+def why_not(x: Tensor, weight: Tensor) -> str | None:  # [n, H], [V, H]
+    """None where `fused_score` takes these operands, else the reason."""
+    reason = why_not_triton(x.device)
+    if reason is not None:
+        return reason
+    if x.dtype != weight.dtype:
+        return f"it multiplies operands of one dtype; got {x.dtype} and {weight.dtype}"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it multiplies float32, bfloat16 or float16; got {x.dtype}"
+    if max(x.stride(1), weight.stride(1)) != 1 and x.shape[1] > 1:
+        return f"the columns of its operands must be adjacent; got strides {x.stride()} and {weight.stride()}"
+    return None
+
+
+def config(device: torch.device, dtype: torch.dtype, kind: str = "plain") -> Config:
+    """The sizes for a device, a dtype of operands, and what else is held in registers (see `CONFIGS`)."""
+    if interpreted():
+        return INTERPRETED
+    return replace(CONFIGS[_arch(device), dtype.itemsize, kind], programs=_processors(device))
+
+
+@cache
+def _arch(device: torch.device) -> int:
+    major = torch.cuda.get_device_capability(device)[0]
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def split(vocab: int, sizes: Config) -> tuple[int, int]:
+    """(groups, tiles of a group): about one group for each program, so that a single block of rows feeds all."""
+    tiles = triton.cdiv(vocab, sizes.cols)
+    per = triton.cdiv(tiles, sizes.programs)
+    return triton.cdiv(tiles, per), per
+
+
+def partial_bytes(rows: int, vocab: int, sizes: Config, *, entropy: bool = False) -> int:
+    """What `fused_score` allocates for the sums of its groups."""
+    return rows * split(vocab, sizes)[0] * (16 if entropy else 8)
+
+
+def fused_score(
+    x: Tensor,  # [n, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    target: Tensor,  # [n] int64
+    ref: Tensor,  # [n] float32, whole numbers
+    *,
+    inner: float,  # factor of the logit inside tanh; used iff capped
+    gain: float | Tensor,  # [n]; base-2 exponent per unit of (capped) logit
+    capped: bool = False,
+    entropy: bool = False,
+    pivot: Tensor | None = None,  # [n] float64, with entropy
+    sizes: Config | None = None,  # None: those of `config`
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """ref, S [n] float32 and, with entropy, moment and pivot [n] float64, as a walk over the vocabulary leaves them.
+
+    The logits are x @ weight^T + bias; see `linear.passes.Chunk` for what the four are. Extra memory:
+    `partial_bytes`.
+
+    Raises:
+        ValueError: `why_not` gives a reason, or entropy comes without a pivot.
+    """
+    reason = why_not(x, weight)
+    if reason is not None:
+        raise ValueError(f"fused_score cannot run: {reason}.")
+    if entropy and pivot is None:
+        raise ValueError("fused_score: entropy needs a pivot [n] in float64; got None.")
+    n, vocab, hidden = x.shape[0], weight.shape[0], x.shape[1]
+    even = _aligned(x) and _aligned(weight)
+    if sizes is None:
+        kind = "bias" if bias is not None else "entropy" if entropy else "plain"
+        sizes = config(x.device, x.dtype, kind if even else "odd")
+    groups, per = split(vocab, sizes)
+    total, moved = torch.empty_like(ref), torch.empty_like(ref)
+    pivot = pivot.contiguous() if entropy and pivot is not None else None
+    moment, pivots = (torch.empty_like(pivot), torch.empty_like(pivot)) if pivot is not None else (None, None)
+    if n == 0:
+        return moved, total, moment, pivots
+    totals, refs = (torch.empty(groups, n, dtype=torch.float32, device=x.device) for _ in range(2))
+    moments = None if pivot is None else torch.empty(groups, n, dtype=torch.float64, device=x.device)
+    ref = ref.contiguous()
+    by_tma = even and (interpreted() or _arch(x.device) >= 90)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        programs = min(sizes.programs, triton.cdiv(n, sizes.rows) * groups)
+        _score_kernel[(programs,)](
+            TensorDescriptor.from_tensor(x, [sizes.rows, sizes.depth]) if by_tma else x,
+            TensorDescriptor.from_tensor(weight, [sizes.cols, sizes.depth]) if by_tma else weight,
+            bias,
+            target.contiguous(),
+            ref,
+            gain.to(torch.float32).contiguous() if isinstance(gain, Tensor) else None,
+            pivot,
+            totals,
+            refs,
+            moments,
+            float(inner),
+            1.0 if isinstance(gain, Tensor) else float(gain),
+            n,
+            vocab,
+            hidden,
+            x.stride(0),
+            weight.stride(0),
+            groups,
+            **_constants(sizes, per, capped, by_tma, hidden),
+        )
+        _combine_kernel[(triton.cdiv(n, 128),)](
+            totals, refs, moments, ref, pivot, total, moved, moment, pivots, n, groups, **_COMBINE
+        )
+    return moved, total, moment, pivots
+
+
+_COMBINE: dict[str, Any] = {"ROWS": 128, "num_warps": 4}
+
+
+def _constants(sizes: Config, per: int, capped: bool, by_tma: bool, hidden: int) -> dict[str, Any]:
+    return {
+        "PER": per,
+        "CAPPED": capped,
+        "TMA": by_tma,
+        "EVEN": hidden % sizes.depth == 0,
+        "IN_PYTHON": interpreted(),
+        "ROWS": sizes.rows,
+        "COLS": sizes.cols,
+        "DEPTH": sizes.depth,
+        "BAND": sizes.band,
+        "num_warps": sizes.warps,
+        "num_stages": sizes.stages,
+    }
+
+
+def _aligned(matrix: Tensor) -> bool:
+    """Whether each row begins at a multiple of 16 bytes and H fills such units: for TMA and wide loads."""
+    size = matrix.element_size()
+    return not (matrix.data_ptr() % 16 or matrix.stride(0) * size % 16 or matrix.shape[1] * size % 16)

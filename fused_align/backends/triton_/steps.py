@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -11,8 +13,11 @@ from ...losses.base import Loss
 from ...rows import Rows
 from .. import torch_
 from ..operands import LOWEST, STATS, Chunk, Coefficients, Head, Scratch, Upstream
-from . import tuning
+from . import score, tuning
 from .losses import LossKernel, cover
+
+if TYPE_CHECKING:
+    from ...linear.plan import Problem
 
 gemm = torch_.gemm
 
@@ -157,6 +162,30 @@ def kept_tile(
         out.shape, kept, out, live, before, after, constant, mixing, *out.shape,
         kept.stride(0), out.stride(0), TINY=torch.finfo(scratch.work).tiny,
     )  # fmt: skip
+
+
+def fused_score(head: Head, chunk: Chunk) -> None:
+    assert chunk.x is not None
+    chunk.ref, chunk.total, chunk.moment, chunk.pivot = score.fused_score(
+        chunk.x, head.weight, head.bias, chunk.target, chunk.ref, inner=_inner(head) or 1.0, gain=chunk.gain,
+        capped=head.softcap is not None, entropy=chunk.moment is not None, pivot=chunk.pivot,
+    )  # fmt: skip
+
+
+def why_not_fused(problem: Problem) -> str | None:
+    x, weight = problem.operand or problem.hidden_dtype, problem.weight_dtype
+    if problem.squares or (problem.average and problem.capped):
+        return "fused sums no more than log-probs and entropies need"
+    if x != weight or weight not in _TYPES:
+        return f"fused multiplies operands of one dtype, and not float64; got {x} and {weight}"
+    if not problem.adjacent:
+        return "fused takes hidden and weight with adjacent columns"
+    return None
+
+
+def fused_bytes(problem: Problem, rows: int) -> int:
+    sizes = score.config(problem.device, problem.weight_dtype)
+    return score.partial_bytes(rows, problem.vocab, sizes, entropy=problem.entropy)
 
 
 def _logits(head: Head, chunk: Chunk, weight: Tensor, tile: Tensor, scratch: Scratch) -> Tensor:

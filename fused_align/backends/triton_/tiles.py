@@ -95,8 +95,8 @@ def exp_tile(
             tl.store(pivot + row, pivots, mask=live)
         s *= down
         q *= down.to(tl.float64) * down.to(tl.float64)
-        if product is not None:
-            if tl.max(jump, 0) > 0:  # noqa: SIM102  (one is compiled away, the other looks at data)
+        if product is not None:  # noqa: SIM102  (known to the compiler, unlike the next)
+            if tl.max(jump, 0) > 0:
                 for first in range(0, hidden, COLS):
                     column = first + tl.arange(0, COLS)
                     where = product + row[:, None] * product_stride + column[None, :]
@@ -104,7 +104,6 @@ def exp_tile(
                     tl.store(where, tl.load(where, mask=inside, other=0) * down[:, None], mask=inside)
     sums = tl.zeros((ROWS, COLS), WORK)
     moments = tl.zeros((ROWS, COLS), WORK)
-    squared = tl.zeros((ROWS, COLS), tl.float64)
     logit = tl.zeros((ROWS, COLS), WORK)
     for first in range(0, cols, COLS):
         column = first + tl.arange(0, COLS)
@@ -117,7 +116,8 @@ def exp_tile(
         if moment is not None:
             moments += times(e, x + pivots.to(WORK)[:, None])
         if squares is not None:
-            squared += e.to(tl.float64) * e.to(tl.float64)
+            wide = e.to(tl.float64)  # float32 has no range for the squares
+            q += tl.sum(wide * wide, 1)
         if average is not None:
             logit += tl.where(inside, z, 0)
         if out is not None:
@@ -127,7 +127,7 @@ def exp_tile(
     if moment is not None:
         tl.store(moment + row, m + tl.sum(moments, 1), mask=live)
     if squares is not None:
-        tl.store(squares + row, q + tl.sum(squared, 1), mask=live)
+        tl.store(squares + row, q, mask=live)
     if average is not None:
         before = tl.load(average + row, mask=live, other=0)
         tl.store(average + row, before + tl.sum(logit, 1).to(tl.float64) * (LN2 / vocab), mask=live)
