@@ -1,7 +1,7 @@
 # make demo    align SmolLM2-135M on film reviews that people rated, and show what changed (2 cores, 10 minutes)
 # make test    the tests not marked slow            make test-all   all of them
 # make lint    ruff and pyright                     make bench      the plans and their peers, small
-# make gpu     suite and benchmark, on a GPU        make clean      remove what these wrote, .venv apart
+# make gpu     tests and benchmarks, on a GPU       make clean      remove what these wrote, .venv apart
 #
 # Each makes .venv first, once. With PY=python3 they run in that existing environment and install nothing:
 #     make gpu PY=python3
@@ -60,10 +60,18 @@ $(VENV)/.bench: $(VENV)/.ready
 bench: $(READY) $(BENCH_READY)
 	$(PY) -m pytest bench/test_bench.py --benchmark-only -q $(ARGS)
 
+# Within nine minutes on 16 cores: what runs on the CPU, what runs on the device, every kernel under
+# compute-sanitizer where that is installed, and the benchmarks.
 gpu: $(READY) $(BENCH_READY)
 	$(PY) -m fused_align.env
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 FUSED_ALIGN_TEST_DEVICE=cuda $(PY) -m pytest -n 4 -m "not slow" tests/test_triton.py $(ARGS)
+	@if command -v compute-sanitizer > /dev/null; then \
+		compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) tests/sanitize.py && \
+		compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) tests/sanitize.py; \
+	else echo "compute-sanitizer is not installed: kernels were not checked for stray accesses"; fi
 	$(PY) -m bench run --suite gpu
+	$(PY) -m bench run --suite kernels
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

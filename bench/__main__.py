@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+import time
+import traceback
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -14,13 +17,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import report
+from . import kernels, report
 from .cases import DEAD_BY, DTYPES, MODES, SHAPES, SUITES, Case, Suite
-from .measure import GateError, Settings, peak_here, providers, run_case
+from .measure import MIN_ROUNDS, Settings, peak_here, providers, run_case
 from .providers import Ours, Provider
 
 RESULTS = Path(__file__).parent / "results"
-MIN_ROUNDS = 5  # fewer have no p20 and p80 worth the name
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -50,12 +52,10 @@ def chosen(
             found += [provider if mib is None else provider.with_workspace(mib) for mib in workspaces]
         else:
             found.append(provider)
-    if not found:
-        raise ValueError(f"No provider matches {patterns}; there are {[p.name for p in providers(device)]}.")
     return found
 
 
-def cases_of(args: argparse.Namespace) -> list[Case]:
+def cases_of(suite: Suite, args: argparse.Namespace) -> list[Case]:
     """The suite's cases, on the shape, dtype, logits and modes that the arguments ask for."""
     changes: dict = {}
     if args.shape:
@@ -67,21 +67,50 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
         changes["shape"] = "custom"
     names = ("dtype", "logits", "live", "dead", "dead_by")
     changes |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    wanted = [case for case in SUITES[args.suite].cases if matches(case.mode, args.modes or ["*"])]
-    if not wanted:
-        raise ValueError(f"The suite {args.suite!r} has no mode that matches {args.modes}.")
+    wanted = [case for case in suite.cases if matches(case.mode, args.modes or ["*"])]
     return list(dict.fromkeys(replace(case, **changes) for case in wanted))
 
 
+@dataclass(frozen=True)
+class Job:
+    """One case with the providers that compute it."""
+
+    case: Case
+    using: list[Provider]
+    bound: float | None
+
+    def promised(self, row: report.Row) -> bool:
+        return self.bound is not None and str(row["provider"]).startswith("fused_align[triton")
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """What is to be measured, in this order.
+
+    Raises:
+        ValueError: nothing matches.
+    """
+    whole, found = SUITES[args.suite], []
+    for suite in whole.parts or (whole,):
+        workspaces = [args.workspace_mib] if args.workspace_mib else suite.workspaces
+        using = chosen(suite, args.providers, workspaces, args.device)
+        found += [Job(case, using, suite.bound) for case in cases_of(suite, args) if using]
+    if not found:
+        names = [provider.name for provider in providers(args.device)]
+        raise ValueError(
+            f"The suite {args.suite!r} has no mode that matches {args.modes or '*'}, or no provider matches "
+            f"{args.providers or '*'}; there are {names}."
+        )
+    return found
+
+
 def run(args: argparse.Namespace, console: Console) -> int:
-    suite, device = SUITES[args.suite], args.device
-    if args.rounds < MIN_ROUNDS:
-        raise ValueError(f"--rounds must be at least {MIN_ROUNDS}; got {args.rounds}.")
-    workspaces = [args.workspace_mib] if args.workspace_mib else suite.workspaces
-    todo, using = cases_of(args), chosen(suite, args.providers, workspaces, device)
+    limited = args.minutes if args.minutes is not None else SUITES[args.suite].minutes
+    rounds = args.rounds or (20 if limited else MIN_ROUNDS)
+    if rounds < MIN_ROUNDS:
+        raise ValueError(f"--rounds must be at least {MIN_ROUNDS}; got {rounds}.")
     out = Path(args.out) if args.out else RESULTS / f"{args.suite}.jsonl"
-    console.print(f"{args.suite}: {suite.about}. {len(todo)} cases, {len(using)} providers, on {device}.")
-    settings = Settings(device, args.rounds, not args.no_memory, args.max_seconds)
+    begin = time.monotonic()
+    deadline = begin + 60 * limited if limited else math.inf
     said: set[str] = set()
 
     def say(text: str) -> None:
@@ -89,22 +118,102 @@ def run(args: argparse.Namespace, console: Console) -> int:
             console.print(f"  {text}", style="dim", markup=False, highlight=False)
         said.add(text)
 
-    failures: list[str] = []
-    for index, case in enumerate(todo, 1):
-        with console.status(f"{index} of {len(todo)}: {case.label}"):
-            rows = run_case(case, using, settings, say)
+    if args.suite == "kernels":
+        return run_kernels(args, console, out, rounds, deadline)
+    todo = jobs_of(args)
+    console.print(f"{args.suite}: {SUITES[args.suite].about}. {len(todo)} cases, on {args.device}.")
+    # under a limit a call of a hundredth of it is not worth repeating
+    longest = min(args.max_seconds, 0.6 * limited) if limited else args.max_seconds
+    settings = Settings(args.device, rounds, not args.no_memory, longest, deadline=deadline)
+    failures, found, left = [], [], []
+    for index, job in enumerate(todo, 1):
+        now, title = time.monotonic(), f"{index} of {len(todo)}: {job.case.label}"
+        if now + 0.02 * 60 * limited > deadline:
+            left.append(job)
+            continue
+        share = now + (deadline - now) / (len(todo) - index + 1)
+        try:
+            with console.status(title):
+                rows = run_case(job.case, job.using, replace(settings, share=share), say)
+        except Exception:  # of the benchmark itself: the next case may do
+            failures.append(f"{job.case.label}: {traceback.format_exc()}")
+            continue
+        for row in rows:
+            row |= {"bound": job.bound} if job.promised(row) else {}
         report.append(out, rows)
-        failures += [f"{row['provider']}, {case.label}: {row['failed']}" for row in rows if "failed" in row]
-        console.print(table(f"{index} of {len(todo)}: {case.label}", report.COLUMNS, map(report.cells, rows)))
-    for failure in failures:
-        console.print(f"failed: {failure}", style="yellow", markup=False, highlight=False)
+        found += rows
+        failures += _own_failures(job, rows)
+        console.print(table(title, report.columns(rows), map(report.cells, rows)))
+    _conclude(console, found, failures, [f"{job.case.label}: {', '.join(_names(job))}" for job in left])
+    console.print(f"{time.monotonic() - begin:.0f} s. Rows are in {out}.", markup=False)
+    return 1 if failures else 0
+
+
+def run_kernels(args: argparse.Namespace, console: Console, out: Path, rounds: int, deadline: float) -> int:
+    llama = SHAPES[args.shape or "Llama-3-8B"]
+    sizes = kernels.Sizes.of(args.rows or 16384, args.hidden or llama[0], args.vocab or llama[1], args.device)
+
+    def wanted(name: str) -> bool:
+        return matches(name, args.providers or ["*"])
+
+    def say(text: str) -> None:
+        console.print(text, style="yellow", markup=False, highlight=False)
+
+    rows = []
+    for row in kernels.run(sizes, wanted, rounds, deadline, say):
+        report.append(out, [row])
+        rows.append(row)
+    console.print(table("kernels", report.KERNEL_COLUMNS, map(report.cells, rows)))
+    if args.candidates:
+        tried = kernels.candidates(sizes, wanted, math.inf)
+        console.print(table("block sizes", ("kernel", "blocks", "µs", "note"), tried))
+    failed = [row for row in rows if "failed" in row]
+    for row in rows:
+        if "failed" in row:
+            say(f"failed: {row['provider']}: {row['failed']}")
+        elif row["bound"] and row["ratio"] > row["bound"]:
+            say(
+                f"{row['provider']} reaches {1 / row['ratio']:.2f} of a copy's bandwidth, less than {kernels.BOUND:g}"
+            )
     console.print(f"Rows are in {out}.", markup=False)
-    return 0
+    return 1 if failed else 0
+
+
+def _names(job: Job) -> list[str]:
+    """Those that compute the case, installed or not."""
+    return [p.name for p in job.using if "does not serve" not in (p.supports(job.case, "cpu") or "")]
+
+
+def _own_failures(job: Job, rows: list[report.Row]) -> list[str]:
+    """Sentences about this package's plans that failed, or were promised and could not serve."""
+    own = {provider.name for provider in job.using if provider.ours}
+    bad = [
+        f"{row['provider']}, {job.case.label}: {row['failed']}"
+        for row in rows
+        if "failed" in row and row["provider"] in own
+    ]
+    absent = set(_names(job)) & own - {row["provider"] for row in rows} if job.bound else set()
+    return bad + [f"{name}, {job.case.label}: it was promised, and has no row" for name in sorted(absent)]
+
+
+def _conclude(console: Console, rows: list[report.Row], failures: list[str], left: list[str]) -> None:
+    """What was promised and held, what failed, what there was no time for."""
+    lines = []
+    for row in (row for row in rows if row.get("bound") and "ratio_live" in row):
+        holds = "holds" if row["ratio_live"] <= row["bound"] else "does NOT hold"
+        lines.append(f"{row['ratio_live']:.3f} <= {row['bound']:g} {holds}: {row['provider']}, {row['mode']}, "
+                     f"{report.setting(row)}")  # fmt: skip
+    failed = [row for row in rows if "failed" in row and not str(row["provider"]).startswith("fused_align")]
+    peers = [f"{row['provider']}, {row['mode']}: {row['failed']}" for row in failed]
+    lines += [f"failed: {text}" for text in [*failures, *peers]]
+    lines += [f"not run, the time was up: {text}" for text in left]
+    for line in lines:
+        console.print(line, style="yellow", markup=False, highlight=False)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[list[str]]) -> Table:
     found = Table(title=title, title_justify="left")
-    texts = ("case", "mode", "provider", "note")
+    texts = ("case", "mode", "provider", "kernel", "blocks", "note")
     for name in columns:
         found.add_column(name, justify="left" if name in texts else "right", overflow="fold")
     for row in rows:
@@ -180,7 +289,13 @@ def parser() -> argparse.ArgumentParser:
     suites = "; ".join(f"{name}: {suite.about}" for name, suite in SUITES.items())
     one.add_argument("--suite", default="smoke", choices=sorted(SUITES), help=suites)
     _filters(one)
-    one.add_argument("--rounds", type=int, default=5)
+    one.add_argument("--rounds", type=int, help="default: 5, or up to 20 where the suite has --minutes")
+    one.add_argument(
+        "--minutes",
+        type=float,
+        help="what it may take: first rounds are dropped, then the last cases; 0: any",
+    )
+    one.add_argument("--candidates", action="store_true", help="suite kernels: time each one's block sizes")
     one.add_argument("--shape", choices=sorted(SHAPES), help="the head of this model instead of the suite's")
     for name in ("rows", "hidden", "vocab"):
         one.add_argument(f"--{name}", type=int, help="instead of the suite's")
@@ -247,7 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         return args.do(args, console)
-    except (GateError, ValueError) as error:
+    except ValueError as error:
         Console(stderr=True).print(
             f"bench {args.command}: {error}", style="red", markup=False, highlight=False
         )

@@ -221,11 +221,16 @@ def _live_of(live: float) -> int:
 
 @lru_cache(maxsize=1)
 def _base(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor, Log]:
-    hidden, weight, target = (x.to(device) for x in operands(case))
+    hidden, weight, target = _placed(replace(case, live=1.0), device)
     prompt = torch.arange(case.rows, device=device) % SEQUENCE < SEQUENCE - _live_of(case.live)
     target = target.masked_fill(prompt, IGNORE)
-    hidden, weight = hidden.to(case.torch_dtype), weight.to(case.torch_dtype)
     return hidden, weight, target, true_log(hidden, weight, target)
+
+
+@lru_cache(maxsize=1)  # shared by all live shares: drawing the weight of a large head takes seconds
+def _placed(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, target = (x.to(device) for x in operands(case))
+    return hidden.to(case.torch_dtype), weight.to(case.torch_dtype), target
 
 
 # ---- suites ---------------------------------------------------------------------------------------------
@@ -233,12 +238,19 @@ def _base(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor, Log]:
 
 @dataclass(frozen=True)
 class Suite:
-    """Cases, the providers they are for (globs) and the workspaces of this package's (MiB; None: its own)."""
+    """Cases, the providers they are for (globs) and the workspaces of this package's (MiB; None: its own).
+
+    bound: the ratio to the bare GEMMs that this package's triton backend is to stay within on a GPU.
+    parts: suites that this one consists of, the most important first. minutes: what it may take; 0: any.
+    """
 
     about: str
-    cases: tuple[Case, ...]
+    cases: tuple[Case, ...] = ()
     providers: tuple[str, ...] = ("*",)
     workspaces: tuple[int | None, ...] = (None,)
+    bound: float | None = None
+    parts: tuple[Suite, ...] = ()
+    minutes: float = 0.0
 
 
 SMOL = of_shape("SmolLM2-135M", 2048)
@@ -260,14 +272,42 @@ def _sparse() -> Iterator[Case]:
     yield from _modes(SMOL, ("dpo", "dpo-frozen", "kto", "grpo"), dead=(0.5, 0.9), dead_by=("humanline",))
 
 
-def _gpu() -> Iterator[Case]:
-    for name, rows, hidden, vocab in (
-        ("Gemma-2-2B-like", 8192, 2048, 256000),
-        ("Llama-3-8B", 16384, 4096, 128256),
-        ("Qwen2.5-7B", 32768, 3584, 152064),
-    ):
-        case = Case(name, rows, hidden, vocab, "bfloat16", "randn", "sft")
-        yield from _modes(case, PEER_MODES, logits=("randn", "peaked"))
+def _gpu() -> Iterator[Suite]:
+    """What is promised first, then peers at the same work, masks, peaked logits, another head."""
+    llama = of_shape("Llama-3-8B", 16384, "bfloat16")
+    gemma = Case("Gemma-2-2B", 8192, 2048, 256000, "bfloat16", "randn", "sft")
+    promised = (  # mode, plan, MiB, ratio to the bare GEMMs of the plan
+        ("score", "score", None, 1.12),
+        ("frozen", "jacobian", None, 1.08),
+        ("grpo", "single", 6144, 1.10),
+        ("dpo", "window", 6144, 1.10),
+        ("trainable", "recompute", 1024, 1.08),
+    )
+
+    def held(case: Case, of: str, backends: tuple[str, ...]) -> Iterator[Suite]:
+        for mode, plan, mib, bound in promised:
+            plans = (plan, "fused") if plan == "score" else (plan,)
+            names = tuple(f"fused_align[{backend},{plan}]" for backend in backends for plan in plans)
+            about = f"{of}, {mode} by {plan}"
+            yield Suite(about, (replace(case, mode=mode),), names, (mib,), bound)
+
+    def against(case: Case, of: str, modes: tuple[str, ...], providers: tuple[str, ...]) -> Iterator[Suite]:
+        names = ("fused_align[triton,single]", "fused_align[triton,window]", "fused_align[triton,score]",
+                 "fused_align[triton,jacobian]", *providers)  # fmt: skip
+        for mode in modes:
+            yield Suite(f"{of}, {mode} and peers", (replace(case, mode=mode),), names, (6144,))
+
+    peers = ("eager", "torch.compile", "liger", "liger[compiled=False]", "cce", "cce[exact]", "trl")
+    yield from held(llama, "Llama-3", ("triton", "torch"))
+    yield from against(llama, "Llama-3", ("grpo", "dpo", "score", "frozen"), peers)
+    for live in (0.5, 0.25):
+        some = replace(llama, live=live)
+        yield from against(some, f"Llama-3, live {live:g}", ("grpo",), ("cce", "trl"))
+    sft = (*peers, "liger[cross_entropy]", "quack", "torch.linear_cross_entropy[chunked]")
+    yield from against(llama, "Llama-3", ("sft", "kto"), sft)
+    yield from held(replace(llama, logits="peaked"), "Llama-3, peaked", ("triton",))
+    yield from held(gemma, "Gemma-2", ("triton", "torch"))
+    yield from against(gemma, "Gemma-2", ("grpo", "dpo"), peers)
 
 
 SUITES = {
@@ -293,5 +333,6 @@ SUITES = {
         ("fused_align[auto,auto]",),
         (16, 64, 1024),
     ),
-    "gpu": Suite("three large heads in bfloat16, for one GPU", tuple(_gpu())),
+    "gpu": Suite("two large heads in bfloat16, for one GPU", parts=tuple(_gpu()), minutes=5.0),
+    "kernels": Suite("each elementwise kernel by itself, against the bandwidth of a copy", minutes=1.5),
 }

@@ -11,16 +11,20 @@ import datetime
 import gc
 import importlib.metadata
 import json
+import math
 import platform
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,25 +39,65 @@ from .reference import IGNORE, SEQUENCE, Log, Truth, truth
 ROOT = Path(__file__).resolve().parent.parent
 EXACT = 1e-5  # float32: log-probs relative to max(1, |logp|), gradients in relative RMS
 SLACK = 1.1  # 16 bit: two roundings of the same size differ by chance
+MIN_ROUNDS = 5  # fewer have no p20 and p80 worth the name
+PATIENCE = 60.0  # seconds for a peer's first call, which may compile, where the time is limited
 FEW_ROWS = 2048  # of the eager run that sets the 16-bit limits where full logits do not fit
 
 Row = dict[str, Any]
 Errors = dict[str, float]
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """device: "cpu" or "cuda". memory: whether to measure it. max_seconds: a peer's longest call to time."""
+    """device: "cpu" or "cuda". memory: whether to measure it. max_seconds: a peer's longest call to time.
+
+    share, deadline: when, by time.monotonic, repetitions should end at MIN_ROUNDS, and everything at all costs.
+    """
 
     device: str
     rounds: int = 5
     memory: bool = True
     max_seconds: float = 60.0
+    share: float = math.inf
+    deadline: float = math.inf
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def enough(self, rounds: int) -> bool:
+        """Whether so many rounds must do."""
+        if rounds >= self.rounds or (rounds >= 2 and self.late):
+            return True
+        return rounds >= MIN_ROUNDS and time.monotonic() > self.share
 
 
-class GateError(Exception):
-    """One of this package's own plans is less exact than it promises: no timing is worth reporting."""
+class TooLong(BaseException):
+    """A peer's first call was cut short. Not an Exception: a library might take it for one of its own."""
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Raises TooLong after so many seconds, where signals can: in the main thread, and not on Windows."""
+    if not math.isfinite(seconds) or not hasattr(signal, "setitimer"):
+        yield
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TooLong(f"the first call was cut short after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def providers(device: str) -> list[Provider]:
@@ -154,14 +198,15 @@ def timed(run: Callable[[], object], device: str) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def in_turn(calls: dict[object, Callable[[], object]], rounds: int, device: str) -> dict[object, list[float]]:
+def in_turn(calls: dict[object, Callable[[], object]], settings: Settings) -> dict[object, list[float]]:
     """Seconds of every call in every round; each round begins with another one."""
     times: dict[object, list[float]] = {key: [] for key in calls}
-    order = list(calls)
-    for index in range(rounds):
-        at = index % len(order)
+    order, done = list(calls), 0
+    while not settings.enough(done):
+        at = done % len(order)
         for key in order[at:] + order[:at]:
-            times[key].append(timed(calls[key], device))
+            times[key].append(timed(calls[key], settings.device))
+        done += 1
     return times
 
 
@@ -244,20 +289,20 @@ def _expected(case: Case, device: str, without: bool) -> tuple[Truth, Errors]:
 def run_case(case: Case, chosen: list[Provider], settings: Settings, say: Say) -> list[Row]:
     """One row per provider that serves the case; `say` is told why another does not.
 
-    Raises:
-        GateError: a plan of this package is beyond the gate.
+    A provider that fails, this package's beyond the gate too, has a row with "failed" and no times.
     """
     device = settings.device
     torch.compiler.reset()  # after some cases a function would meet torch's limit of compiled variants
     entries = []
-    for provider in chosen:
+    for provider in sorted(chosen, key=lambda p: (not p.ours, p.compiled)):
         reason = provider.why_not(device) or provider.supports(case, device)
+        if settings.late and not provider.ours:
+            reason = reason or f"not run on {case.label}: the time is up"
         if reason is None:
             try:
                 entries.append(_gated(case, provider, settings))
-            except (
-                ValueError
-            ) as error:  # a plan asked for by name says so where the budget is too small for it
+            except ValueError as error:
+                # a plan asked for by name says so where the budget is too small for it
                 if not (provider.ours and "cannot serve" in str(error)):
                     raise
                 reason = str(error)
@@ -267,7 +312,9 @@ def run_case(case: Case, chosen: list[Provider], settings: Settings, say: Say) -
     if running:
         _time(case, make_inputs(case, device), running, settings)
     for entry, call in running if settings.memory else []:
-        raw = peak_bytes(case, entry.provider, call, device)
+        if settings.late:
+            break
+        raw = _tried(entry, lambda entry=entry, call=call: peak_bytes(case, entry.provider, call, device))
         outputs = (
             case.torch_dtype.itemsize
             * case.hidden
@@ -287,27 +334,48 @@ def _gated(case: Case, provider: Provider, settings: Settings) -> Entry:
     }  # fmt: skip
     inputs = _inputs_for(provider, case, device)
     true, allowed = _expected(case, device, provider.without_reference(case))
+    wait = math.inf if provider.ours else min(PATIENCE, settings.deadline - time.monotonic())
     try:
-        call = provider.build(case, inputs)
-        result = call()
-        seconds = timed(call, device)  # the first call may have compiled something
-    except Exception as error:
-        if provider.ours:
+        with patience(wait if settings.deadline < math.inf else math.inf):
+            call = provider.build(case, inputs)
+            result = call()
+            seconds = timed(call, device)  # the first call may have compiled something
+    except (Exception, TooLong) as error:
+        if provider.ours and "cannot serve" in str(error):
             raise
-        # a peer that fails is a result: the row says so, and the others are still measured
-        text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
-        return Entry(provider, None, {**row, "failed": text})
+        # a failure is a result: the row says so, and the others are still measured
+        row["failed"] = sentence(error)
+    if "failed" in row:  # outside the handler, whose traceback holds the call's tensors
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        return Entry(provider, None, row)
     if seconds > settings.max_seconds and not provider.ours:
         text = f"one call takes {seconds:.0f} s, more than the {settings.max_seconds:g} s worth waiting for"
         return Entry(provider, None, {**row, "failed": text})
     found = errors(case, inputs, true, result)
     bad = beyond(found, allowed)
     if bad and provider.ours:
-        raise GateError(f"{provider.name} on {case.label}: {bad}")
+        return Entry(provider, None, {**row, "failed": bad})
     row["dead_measured"] = 1 - true.coefficients.count_nonzero().item() / case.live_rows
     row |= {f"error_{name}": error for name, error in found.items()}
     row["note"] = "; ".join(part for part in (row["note"], bad) if part)
     return Entry(provider, call, row)
+
+
+def sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+
+
+def _tried(entry: Entry, call: Callable[[], T]) -> T | None:
+    """What a call gives; None where it fails, or has failed before: the row says so."""
+    if "failed" in entry.row:
+        return None
+    try:
+        return call()
+    except Exception as error:
+        entry.row["failed"] = sentence(error)
+        return None
 
 
 def _time(case: Case, inputs: Inputs, entries: list[tuple[Entry, Call]], settings: Settings) -> None:
@@ -321,15 +389,18 @@ def _time(case: Case, inputs: Inputs, entries: list[tuple[Entry, Call]], setting
         calls |= {(rows, passes): gemms[passes] for passes in sorted(wanted)}
     for run in calls.values():
         run()
-    calls |= {entry.provider.name: call for entry, call in entries}
-    times = in_turn(calls, settings.rounds, settings.device)
+    for entry, call in entries:
+        calls[entry.provider.name] = lambda entry=entry, call=call: _tried(entry, call)
+    times = in_turn(calls, settings)
     middle = {key: statistics.median(seconds) for key, seconds in times.items()}
     for entry, _ in entries:
+        if "failed" in entry.row:
+            continue
         name, passes = entry.provider.name, entry.provider.passes(case)
         cuts = statistics.quantiles(times[name], n=5, method="inclusive")
         full, live = middle[case.rows, passes], middle[case.live_rows, passes]
         entry.row |= {
-            "rounds": settings.rounds, "seconds": middle[name],
+            "rounds": len(times[name]), "seconds": middle[name],
             "seconds_p20": cuts[0], "seconds_p80": cuts[-1],
             "bare_seconds": full, "bare_live_seconds": live,
             "ratio": middle[name] / full, "ratio_live": middle[name] / live,
@@ -346,9 +417,16 @@ def about(provider: Provider, device: str) -> Row:
     return {
         "package": provider.package, "version": version,
         "python": platform.python_version(), "torch": torch.__version__, "device": device_name(device),
-        "threads": torch.get_num_threads(), "commit": commit(),
+        "cuda": torch.version.cuda, "triton": _version("triton"), "threads": torch.get_num_threads(), "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def device_name(device: str) -> str:

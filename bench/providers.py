@@ -112,7 +112,7 @@ LOSSES = {
     "grpo": fa.GRPO(eps_low=CLIP, eps_high=CLIP),
     "gspo": fa.GSPO(eps_low=CLIP, eps_high=CLIP),
 }
-PLANS = ("auto", "score", "jacobian", "single", "window", "recompute")
+PLANS = ("auto", "score", "fused", "jacobian", "single", "window", "recompute")
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ class Ours(Provider):
             return None
         chunked = {"sft": "single", "grpo": "single"}.get(case.loss or "", "window")
         serving = ["score"] if not case.grad_hidden else ["recompute"]
+        serving += ["fused"] if not case.grad_hidden and self.backend == "triton" else []
         serving += ["jacobian"] if case.grad_hidden and not case.grad_weight else []
         serving += [chunked] if case.loss else []
         return None if self.plan in serving else f"plan {self.plan!r} does not serve {case.mode}"

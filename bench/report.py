@@ -24,6 +24,7 @@ Row = dict[str, Any]
 CASE = tuple(field.name for field in fields(Case))
 SETTING = tuple(name for name in CASE if name != "mode")
 MIB = 2**20
+KERNEL = "kernel"  # the mode of rows of bench/kernels.py
 
 
 def read(path: str | Path) -> list[Row]:
@@ -45,9 +46,12 @@ def latest(rows: list[Row]) -> list[Row]:
         first.setdefault(row["provider"], len(first))
     return sorted(
         last.values(),
-        key=lambda row: (str(row["device"]), *_setting_order(row), MODES.index(str(row["mode"])),
-                         first[row["provider"]]),
+        key=lambda row: (str(row["device"]), *_setting_order(row), _mode_order(row), first[row["provider"]]),
     )  # fmt: skip
+
+
+def _mode_order(row: Row) -> int:
+    return MODES.index(row["mode"]) if row["mode"] in MODES else len(MODES)
 
 
 def _setting_order(row: Row) -> tuple:
@@ -65,10 +69,33 @@ def _setting_order(row: Row) -> tuple:
 # ---- tables ---------------------------------------------------------------------------------------------
 
 COLUMNS = ("mode", "provider", "G", "seconds", "p20-p80", "ratio", "extra MiB", "value", "gradients", "note")
+KERNEL_COLUMNS = ("kernel", "µs", "p20-p80", "host µs", "MiB", "GB/s", "share of copy", "error", "note")
+
+
+def columns(rows: list[Row]) -> tuple[str, ...]:
+    """The columns of rows that are all of kernels, or all of cases."""
+    return KERNEL_COLUMNS if rows and rows[0]["mode"] == KERNEL else COLUMNS
+
+
+def _kernel_cells(row: Row) -> list[str]:
+    """A row as the texts of KERNEL_COLUMNS. host: what the launch takes before the device may begin."""
+    if row.get("failed"):
+        return [str(row["provider"]), *[""] * (len(KERNEL_COLUMNS) - 2), f"failed: {row['failed']}"]
+    micro = [
+        f"{float(row[name]) * 1e6:.1f}" for name in ("seconds", "seconds_p20", "seconds_p80", "host_seconds")
+    ]
+    moved = float(row["moved_bytes"])
+    return [
+        str(row["provider"]), micro[0], f"{micro[1]}-{micro[2]}", micro[3], f"{moved / MIB:.3g}",
+        f"{moved / float(row['seconds']) / 1e9:.0f}", f"{1 / float(row['ratio']):.2f}",
+        f"{row['error_value']:.1e}", str(row.get("note") or ""),
+    ]  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
-    """A row as the texts of COLUMNS. ratio is to the bare GEMMs of the live rows."""
+    """A row as the texts of its columns. ratio is to the bare GEMMs of the live rows."""
+    if row["mode"] == KERNEL:
+        return _kernel_cells(row)
     if row.get("failed"):
         blank = [""] * (len(COLUMNS) - 4)
         return [
@@ -105,8 +132,9 @@ def markdown(rows: list[Row]) -> str:
         groups.setdefault((row["device"], *(row[name] for name in SETTING)), []).append(row)
     parts = []
     for group in groups.values():
-        numbers = [name not in ("mode", "provider", "note") for name in COLUMNS]
-        lines = [f"**{setting(group[0])}**", "", _line(COLUMNS)]
+        names = columns(group)
+        numbers = [name not in ("mode", "provider", "kernel", "note") for name in names]
+        lines = [f"**{setting(group[0])}**", "", _line(names)]
         lines.append(_line(["---:" if right else "---" for right in numbers]))
         lines += [_line(text.replace("|", "\\|") for text in cells(row)) for row in group]
         parts.append("\n".join([*lines, "", ran(group)]))
@@ -121,7 +149,8 @@ def ran(rows: list[Row]) -> str:
 
     versions = sorted({f"{row['package']} {row['version']}" for row in rows if row["package"] != "torch"})
     about = [
-        all_of("device"), f"{all_of('threads')} threads", f"torch {all_of('torch')}", *versions,
+        all_of("device"), f"{all_of('threads')} threads", f"torch {all_of('torch')}",
+        *([f"triton {all_of('triton')}"] if all_of("triton") else []), *versions,
         f"commit {all_of('commit')}", f"medians of {all_of('rounds')} rounds",
     ]  # fmt: skip
     return f"{', '.join(about)}."

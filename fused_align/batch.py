@@ -316,8 +316,7 @@ class Batch:
         """
         if weighted and self.token_weight is not None:
             x = x * self.token_weight.to(x.dtype)
-        zeros = torch.zeros(self.sequences + 1, dtype=torch.float64, device=x.device)
-        return zeros.index_add(0, self.sequence, x.double())[:-1].to(x.dtype)
+        return added_at(self.sequences + 1, self.sequence, x.double())[:-1].to(x.dtype)
 
     def mean(self, x: Tensor, *, weighted: bool = True) -> Tensor:  # [n] -> [S]
         """`sum(x)` divided by the number of live tokens; 0 for a sequence without any."""
@@ -332,7 +331,7 @@ class Batch:
     def group_sum(self, x: Tensor) -> Tensor:  # [S] -> [S]
         """The sum over all sequences of its group, for every sequence."""
         index = numbered(self.need("group", "A loss per group"))
-        return torch.zeros_like(x).index_add_(0, index, x)[index]
+        return added_at(self.sequences, index, x)[index]
 
     def token_mean(self, x: Tensor) -> Tensor:  # [n] -> []
         """The mean over live tokens, for metrics."""
@@ -374,6 +373,14 @@ class Batch:
         """[n]: the advantage of each token, whether it was given per token or per sequence."""
         advantage = self.need("advantage", who)
         return advantage if self.advantage_per_token else self.spread(advantage)
+
+
+def added_at(size: int, index: Tensor, x: Tensor) -> Tensor:  # [n] -> [size]
+    """The sums of x by index, in the same order every time: index_add's order on a GPU is one of chance."""
+    zeros = torch.zeros(size, dtype=x.dtype, device=x.device)
+    if x.device.type == "cpu":
+        return zeros.index_add(0, index, x)
+    return zeros.index_put((index,), x, accumulate=True)
 
 
 def numbered(group: Tensor) -> Tensor:  # [S] int64 -> [S] int64

@@ -1,8 +1,8 @@
 """Compiles every kernel ahead of time, as it is launched for real sizes: python tests/aot.py 80 90 100
 
-No GPU is needed. Prints one JSON line for each kernel, variant and architecture: registers, bytes of stack and
-of spilled registers, bytes of shared memory, and what the machine code has of some instructions. It is a
-program of its own because Triton decides when it is imported whether kernels are compiled or interpreted.
+No GPU is needed. Prints one JSON line for each kernel, variant and architecture: registers, bytes of stack
+and of spilled registers, bytes of shared memory, and what the code has of some instructions. It is a program
+of its own because Triton decides when it is imported whether kernels are compiled or interpreted.
 
 The kernels of the steps are recorded where they are launched: calls of the package on small CPU tensors, whose
 launches are noted down instead of run, give each variant with the types, the absent arguments and the

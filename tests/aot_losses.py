@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from inspect import signature
-from typing import Any
 
 import torch
-from torch import Tensor
+from aot import Case, case
 
 import fused_align as fa
 from fused_align.backends.triton_.losses import OPTIONS, LossKernel, cover
 
-_POINTERS = {
-    torch.float64: "*fp64",
-    torch.float32: "*fp32",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
-}
-
-Case = tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]
-
 
 def aot_cases() -> Iterator[Case]:
-    """(kernel, signature, constexprs, options) for triton.compiler.ASTSource and triton.compile."""
+    """One of each formula, with what makes a kernel larger here and there."""
     everything = {"sampler_correction": "token_truncate", "beta": 0.1, "kl_correction": True}
     humanline = fa.Humanline()
     padded, packed, live = _batches()
@@ -44,7 +32,8 @@ def aot_cases() -> Iterator[Case]:
     ):
         kernel = cover(loss, clip)
         assert isinstance(kernel, LossKernel), kernel
-        yield _case(kernel, batch)
+        launch = kernel.launch(torch.zeros(batch.target.shape), batch, 1.0)
+        yield case(launch.kernel, launch.arguments, OPTIONS)
 
 
 def _batches() -> tuple[fa.Batch, fa.Batch, fa.Batch]:
@@ -62,18 +51,3 @@ def _batches() -> tuple[fa.Batch, fa.Batch, fa.Batch]:
     offsets = torch.arange(0, S * T + 1, T, dtype=torch.int32)
     packed = fa.Batch(target.view(-1), cu_seqlens=offsets, advantage=torch.zeros(S * T), **flat, **whole)
     return padded, packed, packed.live()
-
-
-def _case(kernel: LossKernel, batch: fa.Batch) -> Case:
-    launch = kernel.launch(torch.zeros(batch.target.shape), batch, 1.0)
-    function = launch.kernel.fn
-    types, constants = {}, {}
-    for name, parameter in signature(function).parameters.items():
-        value = launch.arguments[name]
-        if isinstance(value, Tensor):
-            types[name] = _POINTERS[value.dtype]
-        elif value is None or "constexpr" in str(parameter.annotation):
-            types[name], constants[name] = "constexpr", value
-        else:
-            types[name] = "i32"
-    return launch.kernel, types, constants, dict(OPTIONS)

@@ -40,7 +40,7 @@ class Case:
         def randn(*shape: int) -> Tensor:
             return torch.randn(*shape, dtype=torch.float64, generator=maker)
 
-        self.x = (3 * randn(n, H) / math.sqrt(H)).to(dtype).to(DEVICE)
+        self.x = (2 * randn(n, H) / math.sqrt(H)).to(dtype).to(DEVICE)
         self.weight = (2 * randn(V, H)).to(dtype).to(DEVICE)
         self.bias = randn(V).to(dtype).to(DEVICE) if head.get("bias") else None
         self.target = torch.randint(0, V, (n,), generator=maker).to(DEVICE)
@@ -125,7 +125,8 @@ def test_a_total_without_moments(head: str):
 @every_dtype
 def test_hopeless_targets(head: str, dtype: torch.dtype):
     """log p of -300 and below: references move, in more than one tile, and sums are scaled."""
-    case = Case(20, 40, 700, dtype, **(HEADS[head] | ({"softcap": 400.0} if head != "plain" else {})))
+    options: dict[str, Any] = HEADS[head] | ({"softcap": 400.0} if head != "plain" else {})
+    case = Case(20, 40, 700, dtype, **options)
     case.weight[300] = 0
     case.weight[300, 0], case.weight[650, 0] = 40, 45  # the second beyond the first
     case.x[::3, 0] = 16 if dtype == torch.float32 else 10
@@ -144,6 +145,8 @@ def test_hopeless_targets(head: str, dtype: torch.dtype):
 def test_a_row_depends_on_itself_alone(dtype: torch.dtype):
     """Alone, among others, in another order, beside rows whose references move or that hold anything."""
     case = Case(37, 70, 333, dtype)
+    # Of few bits, so that products are exact: numpy's, in the interpreter, round a row by its place
+    case.x, case.weight = (32 * case.x).round() / 32, (4 * case.weight).round() / 4
     case.weight[200, 0] = 60
     case.x[[4, 20], 0] = 20
     case.target[[4, 20]] = 7
@@ -207,7 +210,10 @@ def test_strides(dtype: torch.dtype):
     ref = (case.own() * LOG2E + 58).round().float()
     want = case.run(ref=ref)
     for gap in (1, 32):
-        wide = [torch.full((m.shape[0], 32 + gap), torch.nan, dtype=dtype, device=DEVICE) for m in (case.x, case.weight)]
+        wide = [
+            torch.full((len(m), 32 + gap), torch.nan, dtype=dtype, device=DEVICE)
+            for m in (case.x, case.weight)
+        ]
         for into, matrix in zip(wide, (case.x, case.weight), strict=True):
             into[:, :32] = matrix
         apart = case.rows(slice(None))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import numbered
+from ..batch import added_at, numbered
 from .state import all_reduced
 
 
@@ -219,7 +219,7 @@ def _centred(values: Tensor, group: Tensor, unbiased: bool) -> tuple[Tensor, Ten
     known = ~values.isnan()
 
     def total(x: Tensor) -> Tensor:  # [S] -> [S]: the sum over each one's group
-        return torch.zeros_like(x).index_add_(0, group, x)[group]
+        return added_at(x.numel(), group, x)[group]
 
     lowest = torch.full_like(values, torch.inf)
     lowest = lowest.scatter_reduce_(0, group, torch.where(known, values, torch.inf), "amin")[group]

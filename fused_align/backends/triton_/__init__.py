@@ -5,6 +5,7 @@ Importing this does not import triton; `steps`, `losses`, `logits` and `score` d
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -30,3 +31,8 @@ def why_not(device: torch.device) -> str | None:
         found = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return f"it needs compute capability {'.'.join(map(str, OLDEST))}; this GPU has {found}"
     return None
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,5 +1,8 @@
 """Kernels over rows of size H: what goes into the gradient GEMMs, and what becomes of their results."""
 
+# pyright: reportGeneralTypeIssues=false
+# (it takes a function under @triton.jit for one that never returns)
+
 import triton
 import triton.language as tl
 

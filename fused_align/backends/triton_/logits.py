@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ...batch import IGNORE_INDEX
 from . import interpreted
-from .maths import rounded, softplus
+from .maths import INTERPRETED, expm1, log_sigmoid, rounded
 
 _IGNORE = tl.constexpr(IGNORE_INDEX)
 # e^-1000 is 0 in float64; an exponent below is taken for it, so that 0 * inf does not arise
@@ -36,7 +36,7 @@ _NOTHING = tl.constexpr(-1000.0)
 
 # (rows, columns, warps) of a program, by the bytes of a logit: two loads of 16 bytes per thread and block
 BLOCKS = {2: (1, 4096, 8), 4: (1, 2048, 8), 8: (1, 1024, 8)}
-INTERPRETED = (16, 256, 1)  # few programs, each slow; columns that make the tests loop
+IN_PYTHON = (16, 256, 1)  # few programs, each slow; columns that make the tests loop
 
 
 class Found(NamedTuple):
@@ -53,14 +53,6 @@ class Found(NamedTuple):
 def _keep_above(x, LEAST: tl.constexpr):
     """max(x, LEAST), but NaN stays NaN."""
     return tl.where(x < LEAST, LEAST, x)
-
-
-@triton.jit
-def _one_minus_exp(x):
-    """1 - e^x of x <= 0 in float64, with all digits."""
-    u = tl.exp(x)
-    inner = (1.0 - u) * x / tl.where((u == 1.0) | (u == 0.0), 1.0, tl.log(tl.where(u == 0.0, 1.0, u)))
-    return tl.where(u == 1.0, -x, tl.where(u == 0.0, 1.0, inner))
 
 
 @triton.jit
@@ -122,7 +114,7 @@ def _forward_kernel(
     e = tl.exp(apart)
     O = tl.sum(others * e, 1).to(tl.float64)  # noqa: E741
     odds = tl.where(O == 0.0, -float("inf"), tl.log(tl.where(O == 0.0, 1.0, O))) - gap
-    value = -softplus(odds)
+    value = log_sigmoid(-odds)
     p = tl.where(inside, tl.exp(gap), 0.0)
     Z = tl.where(live, O + p, 1.0)
     log_Z = tl.log(Z)
@@ -181,7 +173,7 @@ def _backward_kernel(
     Z = tl.load(total + row, mask=alive, other=1.0)
     value = tl.load(logp + row, mask=alive, other=0.0)
     # from logp and not from 1 - e^(z_y - top) / Z: a sure token keeps its digits
-    own = c * _one_minus_exp(value.to(tl.float64)).to(work)
+    own = c * (-expm1(value.to(tl.float64))).to(work)
     p_y = tl.exp(value)
     if dlse is not None:
         own += c_lse * p_y
@@ -210,9 +202,10 @@ def _backward_kernel(
             grad = tl.exp(apart) * (slope[:, None] - bend[:, None] * apart)
         grad = tl.where(col[None, :] == y[:, None], own[:, None], grad)
         grad = tl.where(alive[:, None], grad, 0.0)
-        tl.store(
-            into[:, None] + col[None, :], rounded(grad, out.dtype.element_ty), mask=known[:, None] & valid
-        )
+        stored = rounded(grad, out.dtype.element_ty)
+        if INTERPRETED:  # whose subnormal bfloat16 are not
+            stored = tl.where(grad == 0.0, tl.zeros_like(stored), stored)
+        tl.store(into[:, None] + col[None, :], stored, mask=known[:, None] & valid)
 
 
 def forward(
@@ -301,7 +294,7 @@ def backward(
 
 
 def _sizes(logits: Tensor) -> dict[str, Any]:
-    rows, cols, warps = INTERPRETED if interpreted() else BLOCKS[logits.dtype.itemsize]
+    rows, cols, warps = IN_PYTHON if interpreted() else BLOCKS[logits.dtype.itemsize]
     return {"ROWS": rows, "COLS": cols, "num_warps": warps}
 
 

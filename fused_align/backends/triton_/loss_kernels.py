@@ -25,57 +25,9 @@ import triton
 import triton.language as tl
 
 from ...batch import IGNORE_INDEX
+from .maths import clamped
 
 IGNORE = tl.constexpr(IGNORE_INDEX)
-
-
-# ---- numbers; float64, of blocks or of scalars ---------------------------------------------------------
-
-
-@triton.jit
-def clamped(x, low, high):
-    """torch.clamp: NaN stays NaN."""
-    return tl.where(x < low, low, tl.where(x > high, high, x))
-
-
-@triton.jit
-def expm1(x):
-    """exp(x) - 1 with its digits near 0.
-
-    Kahan: the rounding of u = exp(x) cancels in (u - 1) / log(u). Triton has no expm1, and libdevice
-    is not to be had in the interpreter.
-    """
-    u = tl.exp(x)
-    plain = (u == 1.0) | (u == 0.0) | (u > 1e30)  # where log(u) is of no use
-    y = (u - 1.0) * (x / tl.log(tl.where(plain, 2.0, u)))
-    return tl.where(u == 1.0, x, tl.where(plain, u - 1.0, y))
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) with its digits near 0, for x in [0, 1]; Kahan's way again."""
-    u = 1.0 + x
-    none = u == 1.0
-    return tl.where(none, x, tl.log(u) * (x / tl.where(none, 1.0, u - 1.0)))
-
-
-@triton.jit
-def sigmoid(x):
-    """s(x), with its relative precision on both sides."""
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
-
-
-@triton.jit
-def log_sigmoid(x):
-    return tl.where(x < 0.0, x, 0.0) - log1p(tl.exp(-tl.abs(x)))
-
-
-@triton.jit
-def finite_exp(x):
-    """losses.policy.finite_exp: exp(min(x, 60)), and its derivative, 0 above."""
-    y = tl.exp(tl.where(x > 60.0, 60.0, x))
-    return y, tl.where(x <= 60.0, y, 0.0)
 
 
 # ---- tokens --------------------------------------------------------------------------------------------

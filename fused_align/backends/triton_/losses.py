@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
@@ -43,6 +42,7 @@ from ...losses.preference import (
 )
 from ...losses.unpaired import KTO, APOZeroUnpaired, UnpairedLoss
 from ...losses.weighted import CISPO, REINFORCE, SAPO
+from . import on_device
 from . import policy_kernel as policy
 from . import preference_kernels as preference
 
@@ -102,7 +102,7 @@ class LossKernel:
         launch = self.launch(logp, batch, divisor, grad=grad, metrics=metrics)
         c, sums = launch.arguments["c"], launch.arguments["sums"]
         if launch.programs:
-            with _device_of(logp):
+            with on_device(logp.device):
                 launch.kernel[(launch.programs,)](**launch.arguments, **OPTIONS)
         return Evaluated(sums[0], None if c is None else c.view(logp.shape), sums, logp.dtype)
 
@@ -473,8 +473,3 @@ def _layout(batch: Batch) -> dict[str, Any]:
 
 def _flat(x: Tensor | None) -> Tensor | None:  # [...] -> [N]
     return None if x is None else x.contiguous().view(-1)
-
-
-def _device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device_of(x)

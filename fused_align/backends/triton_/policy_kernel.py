@@ -6,20 +6,8 @@
 import triton
 import triton.language as tl
 
-from .loss_kernels import (
-    add_up,
-    clamped,
-    clip,
-    count_live,
-    expm1,
-    finite_exp,
-    live_at,
-    read,
-    read_both,
-    sigmoid,
-    span,
-    weight_at,
-)
+from .loss_kernels import add_up, clip, count_live, live_at, read, read_both, span, weight_at
+from .maths import clamped, expm1, finite_exp, sigmoid
 
 # the surrogates of policy_loss
 CLIPPED = tl.constexpr(0)  # own: 1 - eps_low, 1 + eps_high, delta

@@ -6,18 +6,8 @@
 import triton
 import triton.language as tl
 
-from .loss_kernels import (
-    add_up,
-    clip,
-    expm1,
-    finite_exp,
-    live_at,
-    log_sigmoid,
-    read,
-    sigmoid,
-    span,
-    weight_at,
-)
+from .loss_kernels import add_up, clip, live_at, read, span, weight_at
+from .maths import expm1, finite_exp, log_sigmoid, sigmoid
 
 # preference_loss: the score of a sequence from its sum or mean x
 PLAIN = tl.constexpr(0)  # x

@@ -4,9 +4,9 @@ For row t with raw logits a (bias added) and reference ref, see `fused_align.lin
 
     E_tv = 2^(gain cap(a_tv) - ref_t), the target's column 0        S_t = sum_v E_tv
 
-and, for entropies, sum_v E_tv (x_tv + pivot_t) of the exponents x. A row whose sum over a tile is beyond 2^CEILING
-moves its reference to the tile's maximum, by a whole number: what was summed so far is scaled by a power of
-two, exactly, and the tile's exponents are formed again from its logits.
+and, for entropies, sum_v E_tv (x_tv + pivot_t) of the exponents x. A row whose sum over a tile is beyond
+2^CEILING moves its reference to the tile's maximum, by a whole number: what was summed so far is scaled by a
+power of two, exactly, and the tile's exponents are formed again from its logits.
 
 The grid is fixed. A program takes work items in turn; an item is a block of rows and a group of tiles of the
 vocabulary, walked in order, and leaves one partial sum per row. A second kernel adds the groups up, in order.
@@ -49,8 +49,8 @@ class Config:
     programs: int = 4  # of the grid; on a GPU one for each of its multiprocessors
 
 
-# By the architecture (80: all with about 100 KB of shared memory too), the bytes of an operand and what else is
-# held in registers: "plain", "entropy", "bias", or "odd" where rows are not a multiple of 16 bytes apart.
+# By the architecture (80: all with about 100 KB of shared memory too), the bytes of an operand and what else
+# is held in registers: "plain", "entropy", "bias", or "odd" where rows are not a multiple of 16 bytes apart.
 # None of these spills registers; tests/aot_score.py has the cases. float32 does without tensor cores, which
 # would round the operands.
 _SINGLE = Config(64, 64, 16, 8, 3)
@@ -67,6 +67,7 @@ CONFIGS: dict[tuple[int, int, str], Config] = {
     (100, 2, "bias"): Config(128, 128, 64, 8, 4),
     **{(arch, 2, "odd"): _ODD for arch in (80, 90, 100)},
     **{(arch, 4, kind): _SINGLE for arch in (80, 90, 100) for kind in ("plain", "entropy", "bias", "odd")},
+    (100, 4, "odd"): Config(64, 64, 16, 4, 3),
 }
 INTERPRETED = Config(16, 64, 32, 1, 1, band=2)  # many tiles and groups in small problems
 
@@ -178,7 +179,7 @@ def _score_kernel(
     DEPTH: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    entropy: tl.constexpr = pivot is not None
+    entropy: tl.constexpr = pivot is not None  # pyright: ignore
     program, programs = tl.program_id(0), tl.num_programs(0)
     blocks = tl.cdiv(n, ROWS)
     turns = (blocks * groups - program + programs - 1) // programs
@@ -187,7 +188,8 @@ def _score_kernel(
     p, moment = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float64)
     done = 0
     for unit in tl.range(0, turns * PER, flatten=True):
-        block, group = _place(program + unit // PER * programs, blocks, groups, BAND)
+        at = program + unit // PER * programs
+        block, group = _place(at, blocks, groups, BAND)  # pyright: ignore
         first = (group * PER + unit % PER) * COLS
         acc = tl.zeros((ROWS, COLS), tl.float32)
         near = tl.minimum(block * ROWS + tl.arange(0, ROWS), n - 1).to(tl.int64) * x_stride
@@ -208,8 +210,8 @@ def _score_kernel(
                 left, right = left.to(tl.float32), right.to(tl.float32)
             acc = tl.dot(left, right.T, acc, input_precision="ieee")
 
-        # The compiler makes one loop of these two, so that the next tile is loaded while this one is summed up.
-        # What follows then wants counters of its own.
+        # The compiler makes one loop of these two, so that the next tile is loaded while this one is summed
+        # up. What follows then wants counters of its own.
         block, group = _place(program + done // PER * programs, blocks, groups, BAND)
         row = block * ROWS + tl.arange(0, ROWS)
         known = row < n
@@ -252,7 +254,7 @@ def _score_kernel(
             tl.store(refs + place, r, mask=known)
             if entropy:
                 tl.store(moments + place, moment, mask=known)
-        done += 1
+        done += 1  # noqa: SIM113
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -334,10 +336,10 @@ def _processors(device: torch.device) -> int:
 
 
 def split(vocab: int, sizes: Config) -> tuple[int, int]:
-    """(groups, tiles of a group): about one group for each program, so that a single block of rows feeds all."""
-    tiles = triton.cdiv(vocab, sizes.cols)
-    per = triton.cdiv(tiles, sizes.programs)
-    return triton.cdiv(tiles, per), per
+    """(groups, tiles of a group): about one group for each program, so that one block of rows feeds all."""
+    tiles = -(-vocab // sizes.cols)
+    per = -(-tiles // sizes.programs)
+    return -(-tiles // per), per
 
 
 def partial_bytes(rows: int, vocab: int, sizes: Config, *, entropy: bool = False) -> int:
@@ -359,7 +361,7 @@ def fused_score(
     pivot: Tensor | None = None,  # [n] float64, with entropy
     sizes: Config | None = None,  # None: those of `config`
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """ref, S [n] float32 and, with entropy, moment and pivot [n] float64, as a walk over the vocabulary leaves them.
+    """What a walk over the vocabulary leaves: ref, S [n] float32; with entropy moment, pivot [n] float64.
 
     The logits are x @ weight^T + bias; see `linear.passes.Chunk` for what the four are. Extra memory:
     `partial_bytes`.

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 
-from . import hidden, interpreted, rows, tiles
+from . import hidden, interpreted, on_device, rows, tiles
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Launch:
             return
         device = next(x.device for x in args if isinstance(x, Tensor))
 
-        def grid(meta: dict[str, int]) -> tuple[int, ...]:
+        def grid(meta: dict[str, int]) -> tuple[Any, ...]:
             pairs = zip(sizes, self.grid, strict=True)
             return tuple(size if name is None else triton.cdiv(size, meta[name]) for size, name in pairs)
 
@@ -97,11 +95,6 @@ def _prune(configs: list[triton.Config], named: dict[str, Any], **_: Any) -> lis
         return any(size and config.kwargs.get(name, 1) >= 2 * size for name, size in sizes.items())
 
     return [c for c in configs if not excess(c)] or configs[:1]
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 _WIDE = (Blocks(1, 1024, 4), Blocks(1, 4096, 8), Blocks(1, 8192, 16), Blocks(2, 2048, 8))
