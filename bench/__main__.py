@@ -21,6 +21,7 @@ from . import kernels, report
 from .cases import DEAD_BY, DTYPES, MODES, SHAPES, SUITES, Case, Suite
 from .measure import MIN_ROUNDS, Settings, peak_here, providers, run_case
 from .providers import Ours, Provider
+from .reference import SEQUENCE
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -150,6 +151,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def run_kernels(args: argparse.Namespace, console: Console, out: Path, rounds: int, deadline: float) -> int:
+    if args.rows is not None and (args.rows <= 0 or args.rows % (2 * SEQUENCE)):
+        raise ValueError(f"--rows must be a multiple of {2 * SEQUENCE}, pairs of sequences; got {args.rows}.")
     llama = SHAPES[args.shape or "Llama-3-8B"]
     sizes = kernels.Sizes.of(args.rows or 16384, args.hidden or llama[0], args.vocab or llama[1], args.device)
 
@@ -172,9 +175,8 @@ def run_kernels(args: argparse.Namespace, console: Console, out: Path, rounds: i
         if "failed" in row:
             say(f"failed: {row['provider']}: {row['failed']}")
         elif row["bound"] and row["ratio"] > row["bound"]:
-            say(
-                f"{row['provider']} reaches {1 / row['ratio']:.2f} of a copy's bandwidth, less than {kernels.BOUND:g}"
-            )
+            share = f"{1 / row['ratio']:.2f} of a copy's bandwidth"
+            say(f"{row['provider']} reaches {share}, less than {kernels.BOUND:g}")
     console.print(f"Rows are in {out}.", markup=False)
     return 1 if failed else 0
 
@@ -201,8 +203,8 @@ def _conclude(console: Console, rows: list[report.Row], failures: list[str], lef
     lines = []
     for row in (row for row in rows if row.get("bound") and "ratio_live" in row):
         holds = "holds" if row["ratio_live"] <= row["bound"] else "does NOT hold"
-        lines.append(f"{row['ratio_live']:.3f} <= {row['bound']:g} {holds}: {row['provider']}, {row['mode']}, "
-                     f"{report.setting(row)}")  # fmt: skip
+        what = f"{row['provider']}, {row['mode']}, {report.setting(row)}"
+        lines.append(f"{row['ratio_live']:.3f} <= {row['bound']:g} {holds}: {what}")
     failed = [row for row in rows if "failed" in row and not str(row["provider"]).startswith("fused_align")]
     peers = [f"{row['provider']}, {row['mode']}: {row['failed']}" for row in failed]
     lines += [f"failed: {text}" for text in [*failures, *peers]]

@@ -53,7 +53,7 @@ T = TypeVar("T")
 class Settings:
     """device: "cpu" or "cuda". memory: whether to measure it. max_seconds: a peer's longest call to time.
 
-    share, deadline: when, by time.monotonic, repetitions should end at MIN_ROUNDS, and everything at all costs.
+    share, deadline: when, by time.monotonic, MIN_ROUNDS are rounds enough, and when everything ends.
     """
 
     device: str
@@ -417,7 +417,8 @@ def about(provider: Provider, device: str) -> Row:
     return {
         "package": provider.package, "version": version,
         "python": platform.python_version(), "torch": torch.__version__, "device": device_name(device),
-        "cuda": torch.version.cuda, "triton": _version("triton"), "threads": torch.get_num_threads(), "commit": commit(),
+        "cuda": torch.version.cuda, "triton": _version("triton"),
+        "threads": torch.get_num_threads(), "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
 

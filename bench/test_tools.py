@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import measure, providers, reference, report
+from . import kernel_works, kernels, measure, providers, reference, report
 from .cases import MODES, SUITES, Case, Inputs, make_inputs, without_reference
 from .providers import Call, Ours, Provider
 
@@ -100,7 +101,8 @@ def test_provider_is_exact(case: Case, name: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_own_plans_in_bfloat16_are_no_worse_than_eager(mode: str) -> None:
     case = replace(TINY, mode=mode, dtype="bfloat16")
-    own = [provider for provider in ALL.values() if provider.ours]
+    # Triton's interpreter would take minutes for the rounds; tests/test_triton.py has its bfloat16
+    own = [p for p in ALL.values() if isinstance(p, Ours) and p.backend != "triton"]
     rows = measure.run_case(case, own, QUICK, print)
     assert rows and not any(row["note"] for row in rows)
 
@@ -133,9 +135,169 @@ def run_one(provider: Provider, settings: measure.Settings = QUICK) -> measure.R
 
 
 @pytest.mark.parametrize("by", [1e-3, float("nan")])
-def test_own_plan_beyond_the_gate_ends_the_run(by: float) -> None:
-    with pytest.raises(measure.GateError, match="dhidden"):
-        run_one(Wrong("wrong", ours=True, by=by))
+def test_own_plan_beyond_the_gate_is_not_timed(by: float) -> None:
+    row = run_one(Wrong("wrong", ours=True, by=by))
+    assert "beyond the gate: dhidden" in str(row["failed"]) and "seconds" not in row
+
+
+def test_own_failure_makes_the_exit_code_after_the_rest_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich", reason="the command line prints with rich; pip install '.[bench]'")
+    from . import __main__ as command
+
+    out = tmp_path / "rows.jsonl"
+    asked = ["run", "--suite", "smoke", "--modes", "sft", "--no-memory", "--device", "cpu", "--out", str(out)]
+    found = [Wrong("fused_align[wrong]", ours=True), Wrong("peer", by=0), providers.EAGER]
+    monkeypatch.setattr(command, "providers", lambda device: found)
+    assert command.main([*asked, "--providers", "*"]) == 1
+    assert [(row["provider"], "failed" in row) for row in report.read(out)] == [
+        ("fused_align[wrong]", True), ("peer", True), ("eager", False)
+    ]  # fmt: skip
+    assert "failed: fused_align[wrong]" in capsys.readouterr().out
+    assert command.main([*asked, "--providers", "peer", "eager"]) == 0
+
+
+def test_a_call_that_fails_later_is_a_row_with_the_reason() -> None:
+    @dataclass(frozen=True)
+    class Tiring(Provider):
+        def build(self, case: Case, inputs: Inputs) -> Call:
+            right, calls = providers.EAGER.build(case, inputs), []
+
+            def run() -> providers.Result:
+                calls.append(1)
+                if len(calls) > 4:
+                    raise MemoryError("no more")
+                return right()
+
+            return run
+
+    rows = measure.run_case(TINY, [Tiring("tiring"), providers.EAGER], QUICK, print)
+    assert rows[0]["failed"] == "MemoryError: no more" and rows[1]["rounds"] == 5
+
+
+# ---- limited time ---------------------------------------------------------------------------------------
+
+
+def test_late_rounds_are_dropped() -> None:
+    def rounds(**times: float) -> int:
+        settings = replace(QUICK, rounds=20, **times)
+        return len(measure.in_turn({"nothing": lambda: None}, settings)["nothing"])
+
+    assert (rounds(), rounds(share=0.0), rounds(deadline=0.0)) == (20, measure.MIN_ROUNDS, 2)
+
+
+def test_a_peer_is_not_waited_for_beyond_the_deadline() -> None:
+    @dataclass(frozen=True)
+    class Sleepy(Provider):
+        def build(self, case: Case, inputs: Inputs) -> Call:
+            time.sleep(30)
+            return providers.EAGER.build(case, inputs)
+
+    row = run_one(Sleepy("sleepy"), replace(QUICK, deadline=time.monotonic() + 0.3))
+    assert "cut short" in str(row["failed"])
+    said: list[str] = []
+    assert measure.run_case(TINY, [providers.EAGER], replace(QUICK, deadline=0.0), said.append) == []
+    assert "the time is up" in said[0]
+
+
+def test_cases_that_there_is_no_time_for_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich", reason="the command line prints with rich; pip install '.[bench]'")
+    from .__main__ import main
+
+    sizes = ["--rows", "256", "--hidden", "16", "--vocab", "512", "--workspace-mib", "64", "--no-memory"]
+    asked = ["--providers", "fused_align[torch,*", "--modes", "score", "--out", str(tmp_path / "rows")]
+    arguments = ["run", "--suite", "gpu", "--device", "cpu", *sizes, *asked]
+    assert main([*arguments, "--minutes", "1e-9"]) == 0
+    assert "not run, the time was up" in capsys.readouterr().out and not (tmp_path / "rows").exists()
+    assert main([*arguments, "--minutes", "1", "--logits", "randn"]) == 0
+    found = report.read(tmp_path / "rows")
+    assert {row["provider"] for row in found} == {"fused_align[torch,score,64MiB]"}
+    assert "not run" not in capsys.readouterr().out
+
+
+# ---- kernels --------------------------------------------------------------------------------------------
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(
+    kernels.why_not(DEVICE) is not None, reason="Triton needs a GPU or TRITON_INTERPRET=1"
+)
+SMALL = kernel_works.Sizes(256, 32, 256, 64, 64, DEVICE)
+
+
+@needs_triton
+@pytest.mark.parametrize("work", kernel_works.works(SMALL), ids=lambda work: work.name)
+def test_kernels_agree_with_torch_and_know_their_bytes(work: kernel_works.Work) -> None:
+    from fused_align.backends.triton_ import steps
+
+    gemm = steps.gemm
+    error, bad = kernels.compared(work, steps)
+    assert bad is None and error < 4e-3 and steps.gemm is gemm
+    assert work.make(1).nbytes > 1000
+
+
+@needs_triton
+def test_a_kernel_beyond_the_gate_is_not_timed() -> None:
+    from fused_align.backends.triton_ import steps
+
+    def make(seed: int) -> kernel_works.Made:
+        return kernel_works.Made(lambda of: (torch.full((4,), 1.0 + (of is steps)),), 16)
+
+    copy = kernels.copies(DEVICE, 1024)
+    row = kernels.measure(kernel_works.Work("twice", make), steps, copy, 2048, SMALL, 5)
+    assert "beyond the gate: output 0" in row["failed"] and "seconds" not in row
+
+
+@needs_triton
+def test_every_kernel_with_block_sizes_is_measured() -> None:
+    from fused_align.backends.triton_ import tuning
+
+    measured = {work.launch for work in kernel_works.works(SMALL)}
+    assert {name for name, launch in tuning.launches() if launch.others} <= measured
+
+
+@needs_triton
+def test_the_command_line_of_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich", reason="the command line prints with rich; pip install '.[bench]'")
+    from fused_align.backends.triton_ import tuning
+
+    from .__main__ import main
+
+    out, before = str(tmp_path / "kernels.jsonl"), tuning.scaled_rows
+    asked = ["--rows", "256", "--hidden", "32", "--vocab", "128", "--rounds", "5", "--out", out]
+    asked += ["--device", DEVICE, "--providers", "scaled_rows", "finish*"]
+    assert main(["run", "--suite", "kernels", *asked, "--candidates"]) == 0
+    said = capsys.readouterr().out
+    assert "default" in said and "best" in said and tuning.scaled_rows is before
+    assert [row["provider"] for row in report.read(out)] == ["scaled_rows", "finish_rows"]
+    assert main(["compare", out, out, "--fail-above", "5"]) == 0
+    assert main(["table", out]) == 0
+    assert "| scaled_rows |" in capsys.readouterr().out
+
+
+def test_the_suite_of_kernels_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from .__main__ import main
+
+    monkeypatch.setattr(kernels, "why_not", lambda device: "triton is not installed")
+    assert main(["run", "--suite", "kernels", "--device", "cpu"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "needs the triton backend, but triton is not installed" in said
+
+
+def test_a_kernels_row_in_a_table() -> None:
+    row = row_of(
+        "exp_tile[sums]", report.KERNEL, seconds=1e-4, seconds_p20=9e-5, seconds_p80=1.1e-4, ratio=1.25
+    )
+    row |= {"host_seconds": 2e-5, "moved_bytes": 400_000_000, "error_value": 1e-7}
+    lines = report.markdown([row, {**row, "provider": "bad", "failed": "it is off"}]).splitlines()
+    assert lines[4:6] == [
+        "| exp_tile[sums] | 100.0 | 90.0-110.0 | 20.0 | 381 | 4000 | 0.80 | 1.0e-07 |  |",
+        "| bad |  |  |  |  |  |  |  | failed: it is off |",
+    ]
 
 
 def test_a_peer_beyond_the_gate_is_timed_and_the_row_says_so() -> None:
@@ -168,8 +330,9 @@ def test_a_plan_that_the_budget_is_too_small_for_is_left_out_with_its_reason() -
 
 @pytest.mark.parametrize("name", SUITES)
 def test_suites_have_each_case_once(name: str) -> None:
-    cases = SUITES[name].cases
-    assert cases and len(set(cases)) == len(cases)
+    suite = SUITES[name]
+    cases = [(case, part.providers) for part in suite.parts or (suite,) for case in part.cases]
+    assert (cases or name == "kernels") and len(set(cases)) == len(cases)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +360,7 @@ def test_inputs_are_the_same_in_every_process() -> None:
 
 def row_of(provider: str = "eager", mode: str = "sft", **changes: object) -> report.Row:
     row: report.Row = {
-        **replace(TINY, mode=mode).fields(), "provider": provider, "passes": 3, "package": "torch",
+        **TINY.fields(), "mode": mode, "provider": provider, "passes": 3, "package": "torch",
         "version": "2.13.0", "torch": "2.13.0", "device": "a CPU", "threads": 2, "commit": "abc1234",
         "rounds": 5, "seconds": 0.25, "seconds_p20": 0.2, "seconds_p80": 0.3, "ratio": 1.5, "ratio_live": 1.5,
         "peak_bytes": 3 << 20, "peak_extra_bytes": 2 << 20, "error_value": 1e-8, "error_dhidden": 3e-7,

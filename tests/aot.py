@@ -4,16 +4,16 @@ No GPU is needed. Prints one JSON line for each kernel, variant and architecture
 and of spilled registers, bytes of shared memory, and what the code has of some instructions. It is a program
 of its own because Triton decides when it is imported whether kernels are compiled or interpreted.
 
-The kernels of the steps are recorded where they are launched: calls of the package on small CPU tensors, whose
-launches are noted down instead of run, give each variant with the types, the absent arguments and the
+The kernels of the steps are recorded where they are launched: calls of the package on small CPU tensors,
+whose launches are noted down instead of run, give each variant with the types, the absent arguments and the
 divisibility that a GPU would see.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -84,38 +84,46 @@ def steps() -> list[Case]:
         arguments = dict(zip(names, args, strict=False)) | flags | blocks
         one = case(launch.kernel, arguments, {"num_warps": launch.default.warps})
         found.setdefault(one.key(), one)
-        for name in ("order", "counts"):  # what the host goes by
-            if isinstance(arguments.get(name), Tensor):
-                arguments[name].copy_(torch.arange(arguments[name].numel()))
+        if launch is tuning.compact:  # what the host goes by: all rows but one have a gradient
+            rows = arguments["rows"]
+            arguments["order"].copy_(torch.arange(rows))
+            arguments["counts"].copy_(torch.tensor([rows - 1, 0, 1]))
 
     usable = patch.object(triton_, "why_not", lambda device: None)
-    with usable, patch.object(tuning.Launch, "__call__", note):
-        for dtype, head in itertools.product((torch.float32, torch.bfloat16), ("plain", "all", "rounded")):
-            _call(dtype, head)
+    chosen = patch.dict(os.environ, {"FUSED_ALIGN_BACKEND": "triton"})
+    with usable, chosen, patch.object(tuning.Launch, "__call__", note):
+        for dtype in (torch.float32, torch.bfloat16):
+            _call(dtype, {})
+            _call(dtype, {"bias": torch.zeros(V, dtype=dtype), "softcap": 30.0, "temperature": torch.ones(N)})
+        _call(torch.bfloat16, {"precision": "bf16"})
     return list(found.values())
 
 
-def _call(dtype: torch.dtype, head: str) -> None:
-    N, H, V = 48, 64, 1024
+N, H, V, SHAPE = 48, 64, 1024, (4, 12)
+
+
+def _call(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Statistics and losses with every gradient, and with a frozen head."""
     hidden, weight = torch.zeros(N, H, dtype=dtype), torch.zeros(V, H, dtype=dtype)
     target = torch.zeros(N, dtype=torch.int64)
-    options: dict[str, Any] = {"backend": "triton"}
-    if head == "all":
-        options |= {"bias": torch.zeros(V, dtype=dtype), "softcap": 30.0, "temperature": torch.ones(N)}
-    if head == "rounded":
-        options |= {"precision": "bf16"}
-    for frozen, entropy, static in itertools.product((False, True), (False, True), (False, True)):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+
+    def leaves(frozen: bool) -> tuple[Tensor, Tensor]:
+        if "bias" in options:
+            options["bias"] = options["bias"].detach().requires_grad_(not frozen)
+        return hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+
+    for frozen, entropy, static in ((False, True, False), (True, False, False), (True, False, True)):
+        h, w = leaves(frozen)
         most = N if static else None
         out = fa.token_stats(h, w, target, entropy=entropy, max_live=most, workspace_bytes=1 << 17, **options)
         ((out.logp if out.entropy is None else out.logp + out.entropy).sum()).backward()
-    batch = fa.Batch(target.view(4, 12), ref_logp=torch.zeros(4, 12))
+    fa.linear_logp(hidden, weight, target, plan="score", **{**options, "bias": None})
+    batch = fa.Batch(target.view(SHAPE), ref_logp=torch.zeros(SHAPE))
     if isinstance(options.get("temperature"), Tensor):
-        options["temperature"] = options["temperature"].view(4, 12)
+        options["temperature"] = options["temperature"].view(SHAPE)
     for loss in (fa.SFT(), fa.SFT(label_smoothing=0.1), fa.DPO(wpo=True)):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        with patch.object(tuning, "on_device", lambda device: None):
-            fa.align_loss(h.view(4, 12, H), w, batch, loss, **options).loss.backward()
+        h, w = leaves(False)
+        fa.align_loss(h.view(*SHAPE, H), w, batch, loss, **options).loss.backward()
 
 
 def compiled(one: Case, arch: int) -> dict[str, Any]:

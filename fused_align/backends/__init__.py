@@ -57,6 +57,8 @@ class LossKernel(Protocol):
 class Steps(Protocol):
     """What a backend implements, on a tile of the vocabulary or on vectors of rows; `torch_` documents it."""
 
+    EXP_BYTES: dict[str, int]
+
     def watching_is_free(self, device: torch.device) -> bool: ...
 
     def extra_tiles(self, capped: bool, mixed: bool) -> int: ...

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 GATHER_BYTES = 1 << 20  # the target rows of the weight are gathered in blocks of this size
 SQUARED_COLS = 128  # columns of a tile that are squared in float64 at a time
+#: the bytes per logit that passes over a tile amount to, from the logit to its exponential, for the planner
+EXP_BYTES = {"cpu": 5, "cuda": 20}
 SPARE = 6  # bytes per element of a CPU's 16-bit GEMM: its product, and that widened
 
 

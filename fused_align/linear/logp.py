@@ -57,8 +57,8 @@ def linear_logp(
             Under autocast the operands are rounded to its dtype, as torch's linear would.
         target: positions equal to `ignore_index` cost nothing and give 0 and no gradient.
         temperature: one number, or one per token; positive; not differentiable.
-        backend: "auto" | "torch" | "eager" (dense; the oracle).
-        plan: "auto" | "score" | "jacobian" | "recompute"; see `fused_align.linear.plan`.
+        backend: "auto" | "triton" | "torch" | "eager" (dense; the oracle); see `fused_align.backends`.
+        plan: "auto" | "score" | "fused" | "jacobian" | "recompute"; see `fused_align.linear.plan`.
         precision: "high": float32 logits whatever the operands; "bf16": the 16-bit GEMM's rounded output.
         workspace_bytes: bound on scratch memory, beyond inputs and outputs; "jacobian" also keeps a float32
             product of hidden's shape for the backward. A budget below the smallest tile is raised to it.

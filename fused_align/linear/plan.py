@@ -2,7 +2,7 @@
 
     plan       when                                         GEMM passes    held at once
     score      no gradient                                  1              one tile [rows, cols]
-    fused      no gradient, in one kernel (triton)          1              no logits; sums of parts of the rows
+    fused      no gradient, in one kernel (triton)          1              partial sums
     jacobian   the head is frozen                           1 + 1          one tile; E @ W of every row
     single     coefficients known per token (align_loss)    1 + d f        E of a chunk of rows [rows, V]
     window     coefficients known per sequence or pair      1 + d f        E of a chunk of whole items
@@ -41,13 +41,11 @@ ROW_BYTES = 256  # the vectors of a chunk's rows: sums, coefficients, float64 in
 GATHER_BYTES = 3 * STEP_BYTES  # gathered weight rows and the products with them, see backends.torch_
 
 # What the choice between plans rests on, per device: FLOPs of a GEMM in the time that one byte takes to or
-# from memory, of float32 and of 16-bit operands; the bytes per logit that passes over a tile amount to, from
-# the logit to its exponential; the rows of a chunk at which a GEMM runs at half its speed.
+# from memory, of float32 and of 16-bit operands; the rows of a chunk at which a GEMM runs at half its speed.
+# (The bytes that passes over a tile amount to are the backend's.)
 FLOPS_PER_BYTE = {"cpu": (10.0, 40.0), "cuda": (12.0, 184.0)}
-EXP_BYTES = {"torch": {"cpu": 5, "cuda": 20}, "triton": {"cpu": 5, "cuda": 8}}
-FUSED_SPEED = (
-    0.8  # of the fused kernel's product, as a share of the vendor's; an estimate until it is measured
-)
+# the fused kernel's product, by bytes of an operand, as a share of the vendor's: estimates until measured
+FUSED_SPEED = {2: 0.8, 4: 0.4}
 LIVE_SHARE = 0.9  # f, where a loss may clip tokens away: how many is not known before the forward
 HALF_SPEED_ROWS = {"cpu": 4, "cuda": 256}
 
@@ -197,8 +195,8 @@ class Problem:
         weight = self.vocab * self.hidden
         moved = (logits + gradients) * chunks * weight * self.weight_dtype.itemsize
         if plan.name == "fused":
-            return logits / FUSED_SPEED + byte * moved
-        moved += logits * self.rows * self.vocab * EXP_BYTES[self.backend][kind]
+            return logits / FUSED_SPEED[self.weight_dtype.itemsize] + byte * moved
+        moved += logits * self.rows * self.vocab * backends.steps(self.backend).EXP_BYTES[kind]
         kept = plan.rows * self.vocab * gemm_dtype(self).itemsize
         if plan.name in COMPLETE and kept > TILE_BYTES[kind]:  # written once, read by every gradient GEMM
             moved += (1 + gradients) * kept * chunks

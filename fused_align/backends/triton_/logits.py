@@ -1,25 +1,13 @@
 """Per-token statistics of logits that exist already: one read forward, one read and one write backward.
 
-For row t with target y and z its tempered logits, one pass keeps a running maximum and, against it,
-
-    O = sum_{v != y} e^(z_v - m)        A = sum_{v != y} e^(z_v - m) (z_v - m)
-
-in every column of a block of its own: an online softmax with no reduction inside the loop. Where a new
-maximum comes the old sums are scaled, else the new term is: one exponential for either. With g = z_y - m and
-Z = O + e^g,
-
-    logp = -softplus(ln O - g)      lse = m + ln Z      entropy = ln Z - (A + g e^g) / Z
-
-The target is apart from the others, so that log(p) of a sure token keeps its digits. With c, l and e the
-coefficients of the three, the gradient of a logit is 1 / temperature times
-
-    v != y:  p_v (l - c - e (ln p_v + entropy))        v = y:  c (1 - p_y) + p_y (l - e (logp + entropy))
+`torch_logits` has the formulas. One pass keeps a running maximum, and the sums against it, in every column of
+a block of its own: an online softmax with no reduction inside the loop. Where a new maximum comes the old
+sums are scaled, else the new term is: one exponential for either.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -27,26 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ...batch import IGNORE_INDEX
-from . import interpreted
+from ..torch_logits import NOTHING, LogitStats
+from . import interpreted, on_device
 from .maths import INTERPRETED, expm1, log_sigmoid, rounded
 
 _IGNORE = tl.constexpr(IGNORE_INDEX)
-# e^-1000 is 0 in float64; an exponent below is taken for it, so that 0 * inf does not arise
-_NOTHING = tl.constexpr(-1000.0)
+_NOTHING = tl.constexpr(NOTHING)
 
 # (rows, columns, warps) of a program, by the bytes of a logit: two loads of 16 bytes per thread and block
 BLOCKS = {2: (1, 4096, 8), 4: (1, 2048, 8), 8: (1, 1024, 8)}
 IN_PYTHON = (16, 256, 1)  # few programs, each slow; columns that make the tests loop
-
-
-class Found(NamedTuple):
-    """What the forward finds of each row, [M] each; float64 for float64 logits, else float32."""
-
-    logp: Tensor
-    lse: Tensor
-    entropy: Tensor | None
-    largest: Tensor  # tempered logit
-    total: Tensor  # sum_v e^(z_v - largest)
 
 
 @triton.jit
@@ -208,14 +186,14 @@ def _backward_kernel(
         tl.store(into[:, None] + col[None, :], stored, mask=known[:, None] & valid)
 
 
-def forward(
+def logit_stats(
     logits: Tensor,  # [M, V], rows any stride apart
     target: Tensor,  # [M] int64
     inverse: Tensor | None,  # [M], 1 / temperature
     scalar: float,  # 1 / temperature where inverse is None
     *,
     entropy: bool = False,
-) -> Found:
+) -> LogitStats:
     """logp, lse, entropy (or None), and what the backward needs besides, of every row; 0 of ignored ones.
 
     logits are float64, float32, bfloat16 or float16; they are read once, ignored rows not at all. A target
@@ -228,7 +206,7 @@ def forward(
     entropies = logits.new_empty(count, dtype=work) if entropy else None
     sizes: dict[str, Any] = _sizes(logits) | {"FLOOR": torch.finfo(work).min}
     if count:
-        with _on(logits):
+        with on_device(logits.device):
             _forward_kernel[(triton.cdiv(count, sizes["ROWS"]),)](
                 logits,
                 target.contiguous(),
@@ -244,16 +222,16 @@ def forward(
                 logits.stride(0),
                 **sizes,
             )
-    return Found(logp, lse, entropies, largest, total)
+    return LogitStats(logp, lse, entropies, largest, total)
 
 
-def backward(
+def logit_gradient(
     dlogp: Tensor,  # [M]
     dlse: Tensor | None,  # [M]
     dentropy: Tensor | None,  # [M]
     logits: Tensor,  # [M, V]
     target: Tensor,  # [M] int64
-    saved: Found,  # its lse is not read
+    stats: LogitStats,
     inverse: Tensor | None,  # [M]
     scalar: float,
     *,
@@ -265,23 +243,25 @@ def backward(
     """
     _check(logits, "logits")
     _check(out, "out")
-    if dentropy is not None and saved.entropy is None:
-        raise ValueError("backward: dentropy needs the entropy of the forward; call it with entropy=True.")
-    work, count = saved.logp.dtype, logits.shape[0]
+    if dentropy is not None and stats.entropy is None:
+        raise ValueError(
+            "logit_gradient: dentropy needs the entropy among the stats; ask for it (entropy=True)."
+        )
+    work, count = stats.logp.dtype, logits.shape[0]
     sizes = _sizes(logits)
     if not count:
         return
-    with _on(logits):
+    with on_device(logits.device):
         _backward_kernel[(triton.cdiv(count, sizes["ROWS"]),)](
             dlogp.contiguous(),
             None if dlse is None else dlse.contiguous(),
             None if dentropy is None else dentropy.contiguous(),
             logits,
             target.contiguous(),
-            saved.logp,
-            saved.entropy,
-            saved.largest,
-            saved.total,
+            stats.logp,
+            stats.entropy,
+            stats.largest,
+            stats.total,
             _scale(inverse, scalar, logits, work),
             out,
             float(scalar),
@@ -313,8 +293,3 @@ def _check(tensor: Tensor, name: str) -> None:
             f"{name} must be [M, V] with adjacent columns; got {list(tensor.shape)} with strides "
             f"{list(tensor.stride())}. Call .contiguous()."
         )
-
-
-def _on(tensor: Tensor):
-    """Kernels start on the current device; the tensors may be on another."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

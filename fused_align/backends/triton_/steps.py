@@ -14,12 +14,17 @@ from ...rows import Rows
 from .. import torch_
 from ..operands import LOWEST, STATS, Chunk, Coefficients, Head, Scratch, Upstream
 from . import score, tuning
+from .logits import logit_gradient as logit_gradient
+from .logits import logit_stats as logit_stats
 from .losses import LossKernel, cover
 
 if TYPE_CHECKING:
     from ...linear.plan import Problem
 
 gemm = torch_.gemm
+
+# the bytes per logit that a pass amounts to, for the planner: product written, read again, E written
+EXP_BYTES = {"cpu": 5, "cuda": 8}
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -114,7 +119,7 @@ def exp_tile(
     watch: bool,
     static: bool,
 ) -> None:
-    logits = _logits(head, chunk, weight, tile, scratch)
+    logits = _logits(head, chunk, weight, tile, scratch, out)
     count, cols = logits.shape
     before, moved = chunk.ref, torch.empty_like(chunk.ref) if watch else None
     tuning.exp_tile(
@@ -139,7 +144,7 @@ def grad_tile(
     out: Tensor,
     scratch: Scratch,
 ) -> None:
-    logits = _logits(head, chunk, weight, tile, scratch)
+    logits = _logits(head, chunk, weight, tile, scratch, out)
     constant, mixing = coef.mix or (None, None)
     tuning.grad_tile(
         logits.shape, logits, out, _dense(bias), chunk.target, _gain(chunk), chunk.ref, constant,
@@ -178,6 +183,8 @@ def why_not_fused(problem: Problem) -> str | None:
         return "fused sums no more than log-probs and entropies need"
     if x != weight or weight not in _TYPES:
         return f"fused multiplies operands of one dtype, and not float64; got {x} and {weight}"
+    if problem.on_cpu and x == torch.float16:  # a CPU's float16 products are made in float32
+        return "fused multiplies float16 on a GPU only"
     if not problem.adjacent:
         return "fused takes hidden and weight with adjacent columns"
     return None
@@ -188,11 +195,14 @@ def fused_bytes(problem: Problem, rows: int) -> int:
     return score.partial_bytes(rows, problem.vocab, sizes, entropy=problem.entropy)
 
 
-def _logits(head: Head, chunk: Chunk, weight: Tensor, tile: Tensor, scratch: Scratch) -> Tensor:
-    """Raw logits of a tile: in tile, or rounded, in half of its memory, where the head says so."""
+def _logits(
+    head: Head, chunk: Chunk, weight: Tensor, tile: Tensor, scratch: Scratch, out: Tensor | None
+) -> Tensor:
+    """Raw logits of a tile: in tile; or rounded, where the head asks and out is elsewhere, in half of it."""
     x = chunk.x
     assert x is not None
-    if head.rounded and x.dtype == weight.dtype and x.dtype in torch_.HALF and tile.is_contiguous():
+    apart = out is None or out.data_ptr() != tile.data_ptr()
+    if head.rounded and apart and x.dtype == weight.dtype and x.dtype in torch_.HALF:
         logits = tile.view(x.dtype).view(-1)[: tile.numel()].view(tile.shape)
         torch.mm(x, weight.t(), out=logits)
         return logits

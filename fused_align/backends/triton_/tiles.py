@@ -133,7 +133,7 @@ def exp_tile(
         tl.store(squares + row, q, mask=live)
     if average is not None:
         before = tl.load(average + row, mask=live, other=0)
-        tl.store(average + row, before + tl.sum(logit, 1).to(tl.float64) * (LN2 / vocab), mask=live)
+        tl.store(average + row, before + tl.sum(logit, 1).to(tl.float64) * LN2 / vocab, mask=live)
 
 
 @triton.jit(do_not_specialize=["rows", "start"])

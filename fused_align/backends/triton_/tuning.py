@@ -8,7 +8,7 @@ Triton's cache on disk, by device and versions: later processes with the same se
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -62,7 +62,7 @@ class Launch:
             return tuple(size if name is None else triton.cdiv(size, meta[name]) for size, name in pairs)
 
         with on_device(device):
-            if self.others and os.environ.get("FUSED_ALIGN_TUNE") == "1" and not interpreted():
+            if self.others and os.environ.get("FUSED_ALIGN_TUNE") == "1":
                 _tuned(self)[grid](*args, **flags)
             else:
                 chosen = self.interpreted if interpreted() else self.default
@@ -76,13 +76,30 @@ class Launch:
         return [triton.Config(b.sizes(), num_warps=b.warps) for b in (self.default, *self.others)]
 
 
+timer: Callable[..., list[float]] | None = None  # (call, quantiles) -> milliseconds; None: Triton's own
+
+
 @cache
 def _tuned(launch: Launch) -> Any:
+    copies: dict[str, Tensor] = {}
+
+    def keep(arguments: dict[str, Any], reset_only: bool = False) -> None:
+        if not reset_only:
+            given = ((name, arguments[name]) for name in launch.adds_to)
+            copies.update((name, x.clone()) for name, x in given if x is not None)
+
+    def restore(arguments: dict[str, Any], exception: Exception | None) -> None:
+        for name, copy in copies.items():
+            arguments[name].copy_(copy)
+        copies.clear()
+
     return triton.autotune(
         launch.configs(),
         key=list(launch.key),
-        restore_value=list(launch.adds_to),
+        pre_hook=keep,
+        post_hook=restore,
         prune_configs_by={"early_config_prune": _prune},
+        do_bench=timer,
         cache_results=True,
     )(launch.kernel)
 
