@@ -101,8 +101,8 @@ def test_provider_is_exact(case: Case, name: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_own_plans_in_bfloat16_are_no_worse_than_eager(mode: str) -> None:
     case = replace(TINY, mode=mode, dtype="bfloat16")
-    # Triton's interpreter would take minutes for the rounds; tests/test_triton.py has its bfloat16
-    own = [p for p in ALL.values() if isinstance(p, Ours) and p.backend != "triton"]
+    # Triton's interpreter would take minutes for the rounds; tests/ has its bfloat16
+    own: list[Provider] = [p for p in ALL.values() if isinstance(p, Ours) and p.backend != "triton"]
     rows = measure.run_case(case, own, QUICK, print)
     assert rows and not any(row["note"] for row in rows)
 

@@ -48,8 +48,9 @@ def test_triton_says_why_not(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run here: its kernels need a GPU"):
         backends.pick("triton", torch.device("cpu"))
     assert "need an NVIDIA or AMD GPU" in str(dict(backends.table("meta"))["triton"])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install triton" in str(dict(backends.table("cpu"))["triton"])
+    for version, reason in ((None, "pip install triton"), ("3.3.1", "needs Triton 3.6; got 3.3.1")):
+        monkeypatch.setattr(backends.triton_, "INSTALLED", version)
+        assert reason in str(dict(backends.table("cpu"))["triton"])
 
 
 @pytest.fixture

@@ -3,13 +3,26 @@
 Importing this does not import triton; `steps`, `losses`, `logits` and `score` do.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-OLDEST = (8, 0)  # compute capability: bfloat16 in the tensor cores
+OLDEST = 8  # compute capability: bfloat16 in the tensor cores
+OLDEST_TRITON = (3, 6)
+
+
+def installed() -> str | None:
+    """The version of Triton, "unknown" where its package has another name (ROCm's), None without it."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    named = (d.version for d in importlib.metadata.distributions(name="triton"))
+    return next(named, "unknown")
+
+
+INSTALLED = installed()
 
 
 def interpreted() -> bool:
@@ -19,17 +32,19 @@ def interpreted() -> bool:
 
 def why_not(device: torch.device) -> str | None:
     """None where Triton can run, else the reason: a GPU of compute capability 8.0, or its interpreter."""
-    if importlib.util.find_spec("triton") is None:
+    if INSTALLED is None:
         return "triton is not installed (pip install triton; torch's CUDA builds bring it)"
+    if INSTALLED != "unknown" and tuple(map(int, INSTALLED.split(".")[:2])) < OLDEST_TRITON:
+        return f"it needs Triton {'.'.join(map(str, OLDEST_TRITON))}; got {INSTALLED}"
     if device.type == "cpu":
         if interpreted():
             return None
         return "its kernels need a GPU, and the tensors are on cpu (TRITON_INTERPRET=1 runs them in Python)"
     if device.type != "cuda":
         return f"its kernels need an NVIDIA or AMD GPU, and the tensors are on {device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST:
-        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        return f"it needs compute capability {'.'.join(map(str, OLDEST))}; this GPU has {found}"
+    found = torch.cuda.get_device_properties(device)  # (a constant to torch.compile)
+    if torch.version.hip is None and found.major < OLDEST:
+        return f"it needs compute capability {OLDEST}.0; this GPU has {found.major}.{found.minor}"
     return None
 
 
