@@ -70,8 +70,8 @@ gpu: $(READY) $(BENCH_READY)
 		compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) tests/sanitize.py && \
 		compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) tests/sanitize.py; \
 	else echo "compute-sanitizer is not installed: kernels were not checked for stray accesses"; fi
-	$(PY) -m bench run --suite gpu
-	$(PY) -m bench run --suite kernels
+	$(PY) -m bench run --suite kernels --minutes 1.5
+	$(PY) -m bench run --suite gpu --minutes 3.5
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
