@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,6 +134,36 @@ def test_rounded_logits(plan: str, dtype: torch.dtype):
     check_like_torch(hidden.grad, wide.grad, plain_hidden.grad, dtype, "hidden")
 
 
+# --- offsets beyond 2^31 ---
+
+
+def far_apart(x: Tensor) -> Tensor:
+    """The same rows, 2^30 elements apart. Pages that nobody touches take no memory."""
+    rows, cols = x.shape
+    out = torch.empty(rows * 2**30, dtype=x.dtype, device="cpu").as_strided((rows, cols), (2**30, 1))
+    return out.copy_(x)
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.skipif(GPU, reason="a GPU has no pages that take no memory")
+@pytest.mark.parametrize("plan", ["jacobian", "recompute"])
+def test_rows_far_apart(plan: str):
+    hidden, weight, target = (x[:5].contiguous() for x in operands(torch.bfloat16))
+    target = torch.tensor([4, -100, 3, 0, 3])
+
+    def run(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        main_grad = torch.zeros(weight.shape)
+        h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_(plan == "recompute")
+        options = {} if plan == "jacobian" else {"main_grad": main_grad}
+        logp = fa.linear_logp(h, w, target, plan=plan, **options)
+        logp.sum().backward()
+        assert h.grad is not None
+        return logp.detach(), h.grad, main_grad
+
+    for one, other in zip(run(far_apart(hidden), far_apart(weight)), run(hidden, weight), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 # --- tuning ---
 
 
@@ -161,6 +192,34 @@ def test_tuning_changes_no_result(monkeypatch: pytest.MonkeyPatch):
         for name, grad in grads.items():
             torch.testing.assert_close(grad, want_grad[name])
     assert len(tried) > 10
+
+
+@pytest.mark.usefixtures("triton")
+def test_tuned_scoring_is_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from fused_align.backends.triton_ import score, tuning
+
+    tried: list[int] = []
+
+    def timer(call: Callable[[], Any], quantiles: object) -> list[float]:
+        call()
+        tried.append(1)
+        return [1.0 / len(tried)] * 3  # the last one wins
+
+    hidden, weight, target = operands()
+    want = fa.linear_logp(hidden, weight, target, plan="fused")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FUSED_ALIGN_TUNE", "1")
+    monkeypatch.setattr(tuning, "timer", timer)
+    counts = []
+    for _ in range(2):  # another process would start with an empty dictionary
+        monkeypatch.setattr(score, "_tuned", {})
+        got = fa.linear_logp(hidden, weight, target, plan="fused")
+        torch.testing.assert_close(got, want)
+        counts.append(len(tried))
+    tuning._tuned.cache_clear()
+    assert counts[0] == counts[1] > 1
+    assert [found.cols for found in score._tuned.values()] == [32] or GPU
+    assert torch.equal(fa.linear_logp(hidden[:7], weight, target[:7], plan="fused"), got[:7])
 
 
 def test_every_launch_fits_its_kernel():

@@ -179,7 +179,7 @@ def _gradient(
     backend: str,
 ) -> None:
     columns: list[Tensor | None] = [*grads, *stats]
-    shaped = [None if x is None or not x.numel() else x.reshape(target.shape) for x in columns]
+    shaped = [None if x is None or x.numel() != target.numel() else x.reshape(target.shape) for x in columns]
     step = backends.steps(backend).logit_gradient
     for (z, into), (y, heat, dlogp, dlse, dentropy, *found) in _matrices(
         [logits, out], [target, inverse, *shaped]

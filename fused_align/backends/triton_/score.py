@@ -1,6 +1,6 @@
 """The sums of exponentials of x @ W^T in one kernel: the logits stay in registers.
 
-For row t with raw logits a (bias added) and reference ref, see `fused_align.linear.passes`,
+For row t with raw logits a (bias added) and reference ref, see `fused_align.backends.operands`,
 
     E_tv = 2^(gain cap(a_tv) - ref_t), the target's column 0        S_t = sum_v E_tv
 
@@ -16,24 +16,28 @@ a row depends on the row alone, bit by bit, and not on how many there are or wha
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cache
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.cache import get_cache_manager
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import interpreted
+from ..operands import CEILING, LOG2E
+from . import interpreted, on_device, tuning
 from . import why_not as why_not_triton
 
-CEILING = 58.0  # base 2, as in linear.passes
 _HIGHEST = tl.constexpr(2.0**CEILING)
 _NEVER = tl.constexpr(-1000.0)  # the exponent of what does not count: 2^-1000 is 0 in float32
-_TWICE = tl.constexpr(-2 * 1.4426950408889634)  # -2 log2 e
+_TWICE = tl.constexpr(-2 * LOG2E)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,22 @@ CONFIGS: dict[tuple[int, int, str], Config] = {
     (100, 4, "odd"): Config(64, 64, 16, 4, 3),
 }
 INTERPRETED = Config(16, 64, 32, 1, 1, band=2)  # many tiles and groups in small problems
+
+# What FUSED_ALIGN_TUNE=1 tries besides, where it fits into the shared memory of a block
+OTHERS = tuple(
+    Config(rows, cols, depth, warps, stages)
+    for rows, cols, warps in (
+        (64, 128, 4),
+        (64, 256, 4),
+        (128, 128, 4),
+        (128, 128, 8),
+        (128, 256, 8),
+        (256, 128, 8),
+    )
+    for depth, stages in ((32, 4), (64, 3), (64, 4), (128, 3))
+)
+SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes; sm_86, sm_89 and sm_120 count as 80
+SAMPLE = 4096  # rows that are timed
 
 
 @triton.jit
@@ -324,6 +344,42 @@ def config(device: torch.device, dtype: torch.dtype, kind: str = "plain") -> Con
     return replace(CONFIGS[_arch(device), dtype.itemsize, kind], programs=_processors(device))
 
 
+_tuned: dict[str, Config] = {}
+
+
+def tuned(default: Config, x: Tensor, weight: Tensor, kind: str, run: Callable[[Config], object]) -> Config:
+    """The fastest of the default and `OTHERS`, timed once and kept in Triton's cache on disk.
+
+    By device, versions, dtype, kind and the sizes of the weight, and not by the number of rows: a row's
+    result must not depend on that.
+    """
+    about = (_name(x.device), triton.__version__, str(x.dtype), kind, *weight.shape)
+    key = hashlib.sha256(repr((about, default, OTHERS)).encode()).hexdigest()
+    if key not in _tuned:
+        store, name = get_cache_manager(key), "score.tuned.json"
+        found = store.get_file(name)
+        if found is None:
+            measure: Any = tuning.timer or triton.testing.do_bench
+            times = {c: measure(partial(run, c), quantiles=[0.5, 0.2, 0.8])[0] for c in _fitting(default, x)}
+            best = min(times, key=times.__getitem__)
+            found = store.put(json.dumps({"about": about, "config": asdict(best)}), name, binary=False)
+        with open(found) as file:
+            _tuned[key] = Config(**json.load(file)["config"])
+    return _tuned[key]
+
+
+def _fitting(default: Config, x: Tensor) -> list[Config]:
+    if interpreted():
+        return [default, replace(default, rows=32, cols=32)]
+    most = SHARED[_arch(x.device)]
+    sized = (replace(c, programs=default.programs) for c in OTHERS)
+    return [default, *(c for c in sized if (c.rows + c.cols) * c.depth * c.stages * x.element_size() <= most)]
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 @cache
 def _arch(device: torch.device) -> int:
     major = torch.cuda.get_device_capability(device)[0]
@@ -363,7 +419,7 @@ def fused_score(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """What a walk over the vocabulary leaves: ref, S [n] float32; with entropy moment, pivot [n] float64.
 
-    The logits are x @ weight^T + bias; see `linear.passes.Chunk` for what the four are. Extra memory:
+    The logits are x @ weight^T + bias; see `backends.operands.Chunk` for what the four are. Extra memory:
     `partial_bytes`.
 
     Raises:
@@ -378,7 +434,15 @@ def fused_score(
     even = _aligned(x) and _aligned(weight)
     if sizes is None:
         kind = "bias" if bias is not None else "entropy" if entropy else "plain"
-        sizes = config(x.device, x.dtype, kind if even else "odd")
+        kind = kind if even else "odd"
+        sizes = config(x.device, x.dtype, kind)
+        if os.environ.get("FUSED_ALIGN_TUNE") == "1" and n:
+            some = slice(0, SAMPLE)
+            rows = x[some], weight, bias, target[some], ref[some]
+            heat = gain[some] if isinstance(gain, Tensor) else gain
+            pivots = None if pivot is None else pivot[some]
+            same = {"inner": inner, "gain": heat, "capped": capped, "entropy": entropy, "pivot": pivots}
+            sizes = tuned(sizes, x, weight, kind, lambda c: fused_score(*rows, **same, sizes=c))
     groups, per = split(vocab, sizes)
     total, moved = torch.empty_like(ref), torch.empty_like(ref)
     pivot = pivot.contiguous() if entropy and pivot is not None else None
@@ -389,7 +453,7 @@ def fused_score(
     moments = None if pivot is None else torch.empty(groups, n, dtype=torch.float64, device=x.device)
     ref = ref.contiguous()
     by_tma = even and (interpreted() or _arch(x.device) >= 90)
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with on_device(x.device):
         programs = min(sizes.programs, triton.cdiv(n, sizes.rows) * groups)
         _score_kernel[(programs,)](
             TensorDescriptor.from_tensor(x, [sizes.rows, sizes.depth]) if by_tma else x,
