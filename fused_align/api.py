@@ -99,7 +99,7 @@ def align_loss(
         stats=[name for name in loss.reads if name != "lse"], learnt=loss.learnt,
     )  # fmt: skip
     if kernel is not None:  # it reads the batch where it lies
-        return AlignOutput(*kernel_loss(kernel, stats["logp"], batch, objective.parts[0].count))
+        return AlignOutput(*kernel_loss(kernel, stats["logp"], batch, objective))
     rows = Rows(live.rows, flat.shape[0], live.valid)
     return AlignOutput(*objective.evaluate({name: rows.take(stats[name]) for name in ("logp", *loss.reads)}))
 

@@ -96,6 +96,7 @@ def steps() -> list[Case]:
             _call(dtype, {})
             _call(dtype, {"bias": torch.zeros(V, dtype=dtype), "softcap": 30.0, "temperature": torch.ones(N)})
         _call(torch.bfloat16, {"precision": "bf16"})
+        _call(torch.float16, {})
     return list(found.values())
 
 

@@ -137,17 +137,18 @@ def test_rounded_logits(plan: str, dtype: torch.dtype):
 # --- offsets beyond 2^31 ---
 
 
-def far_apart(x: Tensor) -> Tensor:
-    """The same rows, 2^30 elements apart. Pages that nobody touches take no memory."""
-    rows, cols = x.shape
-    out = torch.empty(rows * 2**30, dtype=x.dtype, device="cpu").as_strided((rows, cols), (2**30, 1))
-    return out.copy_(x)
+def far_apart(x: Tensor, by_column: bool) -> Tensor:
+    """The same rows 2^30 elements apart, or columns 2^27. Pages that nobody touches take no memory."""
+    strides = (1, 2**27) if by_column else (2**30, 1)
+    size = sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + 1
+    return torch.empty(size, dtype=x.dtype, device="cpu").as_strided(x.shape, strides).copy_(x)
 
 
 @pytest.mark.usefixtures("triton")
 @pytest.mark.skipif(GPU, reason="a GPU has no pages that take no memory")
+@pytest.mark.parametrize("by_column", [False, True])
 @pytest.mark.parametrize("plan", ["jacobian", "recompute"])
-def test_rows_far_apart(plan: str):
+def test_elements_far_apart(plan: str, by_column: bool):
     hidden, weight, target = (x[:5].contiguous() for x in operands(torch.bfloat16))
     target = torch.tensor([4, -100, 3, 0, 3])
 
@@ -160,7 +161,8 @@ def test_rows_far_apart(plan: str):
         assert h.grad is not None
         return logp.detach(), h.grad, main_grad
 
-    for one, other in zip(run(far_apart(hidden), far_apart(weight)), run(hidden, weight), strict=True):
+    apart = far_apart(hidden, by_column), far_apart(weight, by_column)
+    for one, other in zip(run(*apart), run(hidden, weight), strict=True):
         torch.testing.assert_close(one, other)
 
 

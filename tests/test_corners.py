@@ -225,3 +225,51 @@ def test_few_unlikely_rows_among_large_logits(lost: int, size: int):
     for got, want in zip(*grads, strict=True):
         assert got is not None and want is not None
         assert relative_errors(got, want.double())[0] < 1e-6
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("plan", ["single", "recompute"])
+def test_a_word_that_a_bias_forbids(plan: str, static: bool):
+    """bias = -inf is the same as a vocabulary without the word, in padding (whose target is 0) too."""
+    hidden, weight, target = operands(12, 8, 40, torch.float32)
+    target = target.clamp(min=1)
+    target[::3] = -100
+    bias = torch.zeros(40)
+    bias[0] = -torch.inf
+
+    def run(word: int) -> tuple[Tensor, ...]:
+        leaves = hidden.clone().requires_grad_(), weight[word:].clone().requires_grad_()
+        batch = fa.Batch(torch.where(target > 0, target - word, -100).view(3, 4))
+        options: dict[str, Any] = {"bias": bias[word:], "max_live": 11 if static else None, "plan": plan}
+        value = fa.align_loss(leaves[0].view(3, 4, 8), leaves[1], batch, fa.SFT(), **options).loss
+        value.backward()
+        assert leaves[0].grad is not None and leaves[1].grad is not None
+        return value.detach(), leaves[0].grad, leaves[1].grad[1 - word :]
+
+    for one, other in zip(run(0), run(1), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_the_entropy_knows_no_forbidden_words(backend: str):
+    hidden, weight, target = operands(12, 8, 40, torch.float32)
+    target = target.clamp(min=1)
+    bias = torch.zeros(40)
+    bias[0] = -torch.inf
+
+    def run(word: int) -> tuple[Tensor, ...]:
+        leaves = hidden.clone().requires_grad_(), weight[word:].clone().requires_grad_()
+        found = fa.token_stats(*leaves, target - word, bias=bias[word:], entropy=True, backend=backend)
+        assert found.entropy is not None
+        (found.entropy.sum() + found.logp.sum()).backward()
+        assert leaves[0].grad is not None and leaves[1].grad is not None
+        return found.entropy.detach(), leaves[0].grad, leaves[1].grad[1 - word :]
+
+    for one, other in zip(run(0), run(1), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_targets_of_any_stride():
+    hidden, weight, target = operands(12, 8, 40, torch.float32)
+    strided = torch.stack([target, target + 1], 1)[:, 0]
+    assert torch.equal(fa.linear_logp(hidden, weight, strided), fa.linear_logp(hidden, weight, target))

@@ -364,6 +364,26 @@ def test_ties_split_the_gradient_as_torch_does():
     check(found, want.loss, want.c, problem.mask)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("column", ["logp", "ref_logp", "old_logp"])
+@pytest.mark.parametrize("loss", CLASSES, ids=loss_id)
+def test_a_number_that_is_none_is_not_hidden(loss: fa.Loss, column: str, bad: float):
+    """Where torch's losses are finite the kernel agrees; where they are not it is not."""
+    problem = make_problem(lengths=[9, 2, 3, 10])
+    place = tuple(problem.mask.nonzero()[4])
+    values = problem.logp if column == "logp" else problem.columns[column]
+    values[place] = bad
+    want = wanted(loss, problem.batch(), problem.logp, None, 4.0)
+    found, _ = run(loss, problem.batch(), problem.logp, 4.0)
+    assert found.c is not None
+    if not want.loss.isfinite():
+        assert math.isinf(bad) or not found.loss.isfinite()
+        return
+    torch.testing.assert_close(found.loss, want.loss)
+    known = want.c.isfinite()
+    torch.testing.assert_close(found.c[problem.mask][known], want.c[known], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("lengths", [[0, 0, 0, 0], [3, 0, 0, 0], [0, 4, 0, 2], []], ids=str)
 @pytest.mark.parametrize("loss", CLASSES, ids=loss_id)
 def test_empty_sequences_and_pairs(loss: fa.Loss, lengths: list[int]):

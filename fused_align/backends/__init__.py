@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -16,42 +16,16 @@ from torch import Tensor
 from . import eager, torch_, triton_
 
 if TYPE_CHECKING:
-    from ..batch import Batch
     from ..humanline import RatioClip
     from ..linear.plan import Problem
     from ..losses.base import Loss
     from ..rows import Rows
     from .operands import Chunk, Coefficients, Head, Scratch, Upstream
     from .torch_logits import LogitStats
+    from .triton_.losses import LossKernel
 
 _TABLE: dict[str, ModuleType] = {"triton": triton_, "torch": torch_, "eager": eager}
 _AUTO = ("triton", "torch")  # in the order "auto" tries them
-
-
-class Evaluated(Protocol):
-    """What the kernel of a loss gives."""
-
-    @property
-    def loss(self) -> Tensor: ...  # [] float64
-
-    @property
-    def c(self) -> Tensor | None: ...  # dloss/dlogp, logp's shape
-
-
-class LossKernel(Protocol):
-    """A loss, its gradient and its metrics in one launch: what `losses.base.Objective` does with autograd."""
-
-    def evaluate(
-        self,
-        logp: Tensor,
-        batch: Batch,
-        divisor: float | Tensor,
-        *,
-        grad: bool = True,
-        metrics: bool = True,
-    ) -> Evaluated: ...
-
-    def metrics(self, found: Any, batch: Batch) -> dict[str, Tensor]: ...
 
 
 class Steps(Protocol):

@@ -37,7 +37,7 @@ def dense_stats(
     logits = logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
     lse = logits.logsumexp(1)
     logps = logits - lse[:, None]
-    entropy = -(logps.exp() * logps).sum(1)
+    entropy = -(logps.exp() * logps.clamp(min=torch.finfo(dtype).min)).sum(1)  # 0 for what a bias forbids
     return {
         "logp": logps.gather(1, target[:, None]).squeeze(1),
         "entropy": entropy,

@@ -33,6 +33,7 @@ LN2 = math.log(2)
 SHIFT = 58.0  # base 2; e^40.2
 CEILING = 58.0  # the largest exponent, base 2: about e^80 above the target
 LOWEST = -80.0  # logp below which Z may have left 2^-58 .. 2^58
+FAR = 2.0**20  # 2^-FAR is 0 in any dtype
 STEEP = 2.0**64  # the largest c / Z; |c| above 64 may exceed it where p is near 1
 HALF = (torch.bfloat16, torch.float16)
 
@@ -168,7 +169,9 @@ class Coefficients:
     mix: tuple[Tensor, Tensor] | None = None  # (a, b) where E is first multiplied by a + b x, x its exponent
     average: Tensor | None = None  # on the mean over the vocabulary of weight, without a cap
     uniform: Tensor | None = None  # added to (mixed) E, under a cap: the same thing where f differs by column
-    order: Tensor | None = None  # places of the rows with a coefficient that is not 0, in order, then others
+    order: Tensor | None = (
+        None  # places of the rows with a coefficient that is not 0, in order; then anything
+    )
     counts: Tensor | None = None  # [3]: how many those are; whether rows were lost; whether references moved
 
     def tally(self) -> tuple[int, bool, bool]:

@@ -18,6 +18,7 @@ from ..losses.base import Loss
 from ..rows import Rows
 from .operands import (
     CEILING,
+    FAR,
     HALF,
     LN2,
     LOWEST,
@@ -315,6 +316,7 @@ def exp_tile(
     if chunk.moment is not None and chunk.pivot is not None:
         distance = scratch.tile(1 if square is None else 2, tile.shape)
         torch.add(tile, chunk.pivot.to(tile.dtype)[:, None], out=distance)
+        distance.clamp_(min=-FAR)  # of a word that a bias of -inf forbids: it is multiplied by E = 0
     _exponentiate(tile, chunk.target - start)
     chunk.total.add_(tile.sum(1))
     if chunk.squares is not None:
@@ -385,7 +387,10 @@ def grad_tile(
 ) -> None:
     """Logits of a tile -> out = E f, mixed as the coefficients say: all the gradient GEMMs need."""
     square = _exponents(head, chunk, weight, bias, tile, scratch)
-    mix = None if coef.mix is None else _mix(coef.mix, tile, scratch, 1 + (square is not None))
+    mix = None
+    if coef.mix is not None:
+        tile.clamp_(min=-FAR)
+        mix = _mix(coef.mix, tile, scratch, 1 + (square is not None))
     _exponentiate(tile, chunk.target - start)
     if mix is not None:
         tile.mul_(mix)
@@ -470,13 +475,15 @@ def store_hidden(
 
 def add_hidden_rows(
     out: Tensor,  # [v, H]
-    column: Tensor,  # [n]
+    column: Tensor,  # [n]; v and above: left out
     x: Tensor | None,  # [n, H], or [M, H] with rows; None: ones
     coef: Tensor,  # [n]
     rows: Rows | None = None,  # n of M
     head: Head | None = None,  # given with rows: x is hidden as it came
 ) -> None:
     """out[column] += coef * x: the target term of dweight, and of dbias with H = 1."""
+    inside = column < out.shape[0]
+    column, coef = torch.where(inside, column, 0), torch.where(inside, coef, 0.0)
     if x is None:
         out.index_add_(0, column, coef[:, None])
         return

@@ -11,13 +11,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backends import Evaluated, LossKernel
 from ..backends.operands import STATS, Chunk, Coefficients, Head, Upstream
 from ..batch import Batch
 from ..losses.base import Objective, Some
@@ -26,6 +25,9 @@ from .gradients import Gradients, Targets, live_places
 from .ops import check_range, check_temperature, per_row, run_walk
 from .passes import Walk, load
 from .plan import Plan, Problem
+
+if TYPE_CHECKING:
+    from ..backends.triton_.losses import Evaluated, LossKernel
 
 PROMISE = 1e-5  # how far from grad_scale the upstream gradient may be: factors are multiplied in float32
 
@@ -120,11 +122,12 @@ class KernelLoss(torch.autograd.Function):
 
 
 def kernel_loss(
-    kernel: LossKernel, logp: Tensor, batch: Batch, count: float | Tensor
+    kernel: LossKernel, logp: Tensor, batch: Batch, objective: Objective
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss [], differentiable by logp, and its metrics."""
-    found = _opaque(kernel.evaluate)(logp, batch, count, grad=logp.requires_grad)
-    return KernelLoss.apply(logp, found), kernel.metrics(found, batch)  # type: ignore[return-value]
+    """The loss [], differentiable by logp, and its metrics; of the batch as it was given."""
+    found = _opaque(kernel.evaluate)(logp, batch, objective.parts[0].count, grad=logp.requires_grad)
+    value: Tensor = KernelLoss.apply(logp, found)  # type: ignore[assignment]
+    return objective.checked(value), kernel.metrics(found, batch)
 
 
 def _opaque(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,7 +140,7 @@ def _opaque(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @dataclass(frozen=True)
-class _Evaluated:
+class _Walked:
     stats: Tensor  # [5, r], as STATS
     loss: Tensor  # []
     coef: Coefficients
@@ -183,7 +186,8 @@ class _Run:
     def _load(self, places: slice | Tensor, rows: Rows, at: slice) -> Chunk:
         call = self.call
         x, y = rows.take(self.hidden), self.target[places][at]
-        return load(call.head, x, y, per_row(call.temperature, rows), stats=self.reads, average=self.average)
+        heat = per_row(call.temperature, rows)
+        return load(call.head, x, y, heat, stats=self.reads, average=self.average, valid=rows.valid)
 
     def _stats(self, chunk: Chunk, target: Tensor) -> Tensor:  # -> [5, r]
         found = self.call.head.steps.finish_rows(chunk)
@@ -241,11 +245,11 @@ class _Run:
             ends = Targets(walk, self.hidden, rows, chunk.target, coef.target, self.call.problem.static)
         into.add(rows, slice(0), chunk, coef, kept=kept, live=live, ends=ends)
 
-    def _evaluate(self, chunk: Chunk, part: Batch, some: Some) -> _Evaluated:
+    def _evaluate(self, chunk: Chunk, part: Batch, some: Some) -> _Walked:
         """A chunk's loss and coefficients after its walk."""
         stats, ref = self._stats(chunk, part.target), chunk.ref
         loss, up = self._upstream(stats, part, some)
-        return _Evaluated(stats, loss, self._coefficients(chunk, up, stats), ref)
+        return _Walked(stats, loss, self._coefficients(chunk, up, stats), ref)
 
     def _coefficients(self, chunk: Chunk, up: Upstream, stats: Tensor) -> Coefficients:
         entropy = stats[STATS.index("entropy")]

@@ -90,7 +90,7 @@ class Gradients:
             scaled = self.steps.scaled_rows(chunk.x, coef.rows, self.walk.gemm_dtype)
         dhidden = self._rows_of_hidden(rows, places) if parts[0] else None
         if parts[1] and only in (None, 0):
-            self._add_vectors(chunk, coef)
+            self._add_vectors(rows, chunk, coef)
         for number, (start, stop) in enumerate(tiles):
             if only not in (None, number):
                 continue
@@ -106,7 +106,8 @@ class Gradients:
             if self.bias is not None and parts[1]:
                 self.steps.add_products(self.bias[start:stop], tile, coef.rows)
         if scaled is not None and self.sum is not None:
-            self.steps.add_hidden_rows(self.sum, chunk.target, chunk.x, coef.target)
+            column = columns(rows, chunk.target, self.sum.shape[0])
+            self.steps.add_hidden_rows(self.sum, column, chunk.x, coef.target)
         if dhidden is not None and only in (None, len(tiles) - 1):
             self._store_hidden(rows, dhidden, coef.rows, chunk, coef)
 
@@ -140,10 +141,11 @@ class Gradients:
             self.slice = torch.empty(shape, dtype=self.walk.work, device=self.head.weight.device)
         return self.slice[: stop - start]
 
-    def _add_vectors(self, chunk: Chunk, coef: Coefficients) -> None:
+    def _add_vectors(self, rows: Rows, chunk: Chunk, coef: Coefficients) -> None:
         assert chunk.x is not None
         if self.bias is not None:
-            self.steps.add_hidden_rows(self.bias[:, None], chunk.target, None, coef.target)
+            column = columns(rows, chunk.target, self.bias.numel())
+            self.steps.add_hidden_rows(self.bias[:, None], column, None, coef.target)
             if coef.average is not None:
                 self.bias.add_(coef.average.sum() / self.bias.numel())
         if self.uniform is not None and coef.average is not None:
@@ -211,7 +213,8 @@ class Targets:
     def __init__(
         self, walk: Walk, hidden: Tensor, rows: Rows, target: Tensor, coef: Tensor, static: bool
     ) -> None:
-        self.hidden, self.rows, self.target, self.coef = hidden, rows, target, coef
+        self.hidden, self.rows, self.coef = hidden, rows, coef
+        self.target = columns(rows, target, walk.head.weight.shape[0])
         self.bounds, self.order = None, None
         if not static:  # one small copy to the host
             self.order = target.argsort(stable=True)
@@ -226,10 +229,14 @@ class Targets:
         else:
             number = start // self.cols
             mine = self.order[self.bounds[number] : self.bounds[number + 1]]
-        column, coef = self.target[mine] - start, self.coef[mine]
-        inside = (column >= 0) & (column < part.shape[0])
-        column, coef = torch.where(inside, column, 0), torch.where(inside, coef, 0.0)
-        head.steps.add_hidden_rows(part, column, self.hidden, coef, self.rows[mine], head)
+        column = self.target[mine] - start
+        column = torch.where(column < 0, part.shape[0], column)  # in no slice but its own
+        head.steps.add_hidden_rows(part, column, self.hidden, self.coef[mine], self.rows[mine], head)
+
+
+def columns(rows: Rows, target: Tensor, vocab: int) -> Tensor:  # [r] -> [r]
+    """Where the targets' gradients go; V for padding, which has none."""
+    return target if rows.valid is None else torch.where(rows.valid, target, vocab)
 
 
 def live_places(alive: Tensor) -> Tensor:  # [n] bool -> [k] int64

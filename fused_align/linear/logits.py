@@ -94,8 +94,8 @@ def _stats(
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"{who}: temperature must be positive; got {temperature}.")
     picked = backends.pick(backend, logits.device)
-    if picked == "triton" and backend == "auto" and logits.stride(-1) != 1:
-        picked = "torch"  # the kernel takes adjacent columns
+    if backend == "auto" and (picked == "eager" or logits.stride(-1) != 1):
+        picked = "torch"  # a kernel takes adjacent columns, and eager is no backend of logits that exist
     if picked == "eager":
         raise ValueError(f'{who}: backend must be "auto", "torch" or "triton"; got "eager".')
     shape = target.shape
@@ -142,9 +142,11 @@ def _forward(
     backend: str,
 ) -> list[Tensor]:
     """-> logp, lse, entropy | [0], the largest logit and the sum of exponentials against it, [M] each."""
-    if inverse is not None:
-        check_temperature(torch.where(target == IGNORE_INDEX, 1.0, 1 / inverse))
-    check_range(target[target != IGNORE_INDEX] if target.device.type == "cpu" else target, logits.shape[-1])
+    if target.device.type == "cpu":  # elsewhere a look would wait for the device
+        live = target != IGNORE_INDEX
+        check_range(target[live], logits.shape[-1])
+        if inverse is not None:
+            check_temperature(1 / inverse[live])
     step, parts = backends.steps(backend).logit_stats, []
     for (z,), (y, heat) in _matrices([logits], [target, inverse]):
         assert y is not None

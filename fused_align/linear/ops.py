@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ..backends.operands import STATS, Chunk, Coefficients, Head, Upstream, work_dtype
+from ..backends.operands import FAR, STATS, Chunk, Coefficients, Head, Upstream, work_dtype
 from ..batch import IGNORE_INDEX
 from ..rows import Rows
 from .gradients import Gradients, Targets, live_places
@@ -21,9 +21,9 @@ from .workspace import lease
 
 
 def check_range(target: Tensor, vocab: int) -> Tensor:  # [n] live
-    """The targets, safe to gather with. Raises ValueError on a CPU if one lies outside [0, V)."""
+    """The targets, dense and safe to gather with. Raises ValueError on a CPU if one lies outside [0, V)."""
     if target.device.type != "cpu":
-        return target.clamp(0, vocab - 1)
+        return target.clamp(0, vocab - 1).contiguous()
     if target.numel():
         low, high = int(target.min()), int(target.max())
         if low < 0 or high >= vocab:
@@ -32,7 +32,7 @@ def check_range(target: Tensor, vocab: int) -> Tensor:  # [n] live
                 f"{low if low < 0 else high}."
                 " Is the vocabulary padded, or another ignore_index in use?"
             )
-    return target
+    return target.contiguous()
 
 
 def check_temperature(temperature: Tensor) -> Tensor:  # [n] live
@@ -149,7 +149,8 @@ def _forward(
     def body(walk: Walk) -> None:
         for part, at in rows.split(chosen.rows):
             heat = temper[at] if isinstance(temper, Tensor) else temper
-            chunk = load(head, part.take(hidden), safe[at], heat, stats=stats, average=means)
+            x = part.take(hidden)
+            chunk = load(head, x, safe[at], heat, stats=stats, average=means, valid=part.valid)
             product = found.product_of(part) if jacobian else None
             walk.forward(chunk, product=product)
             found.put(part, chunk, None if safe is y else safe[at] == y[at], product)
@@ -263,7 +264,7 @@ def _backward(
     temper = scalar_temperature if temperature is None else per_row(temperature, rows)
     whole = reload(head, y, temper, rows.take(state.t()).t().contiguous())
     if rows.valid is not None:  # padding, of which nothing was saved: E is 0 whatever the bias
-        whole.ref = torch.where(rows.valid, whole.ref, 2.0**20)
+        whole.ref = torch.where(rows.valid, whole.ref, FAR)
         whole.total = torch.where(rows.valid, whole.total, 1.0)
     known = None if dentropy is None else rows.take(entropy)
     coef = head.steps.coefficients(whole, up, known, vocab=weight.shape[0])

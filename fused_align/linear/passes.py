@@ -10,7 +10,7 @@ from collections.abc import Container, Iterator
 import torch
 from torch import Tensor
 
-from ..backends.operands import LOG2E, Chunk, Coefficients, Head, Scratch, work_dtype
+from ..backends.operands import FAR, LN2, LOG2E, Chunk, Coefficients, Head, Scratch, work_dtype
 from .plan import Plan, Problem, gemm_dtype
 
 
@@ -22,12 +22,17 @@ def load(
     *,
     stats: Container[str] = (),  # names, besides logp and lse
     average: tuple[Tensor, Tensor | float] | None = None,  # of Head.average, where the mean logit is wanted
+    valid: Tensor | None = None,  # [r] bool; the others are padding, with E = 0 and S = 1 whatever the bias
 ) -> Chunk:
     """A chunk ready to be walked: the target's logits by gather-dot, and the references from them."""
     work, x = work_dtype(x, head.weight), head.operands(x)
     gain, factor, inverse = _scales(head, temperature, target.numel(), work, x.device)
     z, ref, slope = head.steps.open_rows(head, x, target, inverse, work)
-    chunk = Chunk(x, target, gain, factor, z, ref, torch.zeros_like(z), slope)
+    total = torch.zeros_like(z)
+    if valid is not None:
+        ref = torch.where(valid, ref, FAR)
+        z, total = torch.where(valid, z, FAR * LN2), torch.where(valid, total, 1.0)
+    chunk = Chunk(x, target, gain, factor, z, ref, total, slope)
     if "entropy" in stats:
         chunk.moment, chunk.pivot = torch.zeros_like(z, dtype=torch.float64), chunk.offset()
     if "squares" in stats:
@@ -74,6 +79,7 @@ class Walk:
             memory, plan.rows * plan.cols * self.work.itemsize, self.work, memory[tiles:][:spare]
         )
         self.whole = memory[tiles + spare :][:complete].view(self.gemm_dtype)
+        self.row = problem.row
         self.rounding = 1 + problem.extra_tiles  # the scratch tile after those that steps use
         # A walk is in trust, and made again where a look at the sums finds a row lost; or it watches from the
         # start: where the host may not look (max_live), and where looking costs nothing.
@@ -87,8 +93,7 @@ class Walk:
 
     def complete(self, rows: int) -> Tensor:
         """Scratch for complete rows, [rows, V], in plans that hold them."""
-        vocab = self.head.weight.shape[0]
-        return self.whole[: rows * vocab].view(rows, vocab)
+        return self.whole[: rows * self.row].view(rows, self.row)[:, : self.head.weight.shape[0]]
 
     def gemm(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         """A gradient's product, in the dtype of the operands."""

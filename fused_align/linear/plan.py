@@ -29,11 +29,13 @@ from ..backends.operands import HALF
 from ..backends.torch_ import GATHER_BYTES as STEP_BYTES
 from ..backends.torch_ import SPARE, SQUARED_COLS
 
+BY_NAME = ("fused",)  # plans that "auto" leaves alone: nobody has measured where it wins
 PLANS = ("auto", "score", "fused", "jacobian", "single", "window", "recompute")
 MIB = 1 << 20
 
 # A tile that stays in a CPU's cache between the GEMM and the passes over it; on a GPU, one that fills it.
 TILE_BYTES = {"cpu": 8 * MIB, "cuda": 128 * MIB}
+LEAST_BUDGET = 256 * MIB  # the default of a GPU whose few rows would do with less, in many small launches
 MAX_ROWS = {"cpu": 2048, "cuda": 8192}
 MIN_ROWS, MIN_COLS = 32, 256  # the smallest tile worth a GEMM; a budget below it is raised to it
 MIN_CHUNK = 32  # complete rows of the smallest chunk
@@ -104,6 +106,11 @@ class Problem:
     def gathered(self) -> bool:
         return self.masked or self.coupling in ("sequence", "pair") or self.hidden_dtype != self.work
 
+    @property
+    def row(self) -> int:
+        """Elements from one row of complete exponentials to the next, which begins at 16 bytes or more."""
+        return -(-self.vocab // 8) * 8
+
     def spilled(self, rows: int) -> int:
         """Rows of items that are too large for a chunk of `rows`."""
         return sum(size for size in self.sizes if size > rows)
@@ -125,7 +132,7 @@ class Problem:
         spare = (
             SPARE * max(area, rows * self.hidden, cols * self.hidden) + 256 if self.low and self.on_cpu else 0
         )
-        kept = rows * self.vocab * gemm_dtype(self).itemsize if complete else 0
+        kept = rows * self.row * gemm_dtype(self).itemsize if complete else 0
         return _whole(tiles), _whole(spare), kept
 
     def bytes(self, plan: str, rows: int, cols: int, apart: bool = False) -> int:
@@ -133,15 +140,15 @@ class Problem:
         size, H = self.work.itemsize, self.hidden
         chunks, low = rows < self.rows, self.low
         x, operand = self.operand or self.hidden_dtype, self.operand or self.weight_dtype
-        needed = sum(self.scratch(plan, rows, cols))
+        needed = sum(self.scratch(plan, rows, cols)) + ROW_BYTES * rows
         needed += (2 if low else size) * rows * H * (self.gathered or self.operand is not None)  # x
+        if plan == "fused":
+            return needed + backends.steps(self.backend).fused_bytes(self, rows)
         needed += size * cols * H * (operand != self.work and not low)  # weight, cast
         needed += 2 * cols * H * (operand != self.weight_dtype)  # and rounded first
         if {x, operand} & {*HALF} and not self.on_cpu:
             needed += size * max(rows * cols, rows * H, cols * H)  # what a GEMM gives before it is added
-        needed += min(GATHER_BYTES, 3 * size * rows * H) + ROW_BYTES * rows
-        if plan == "fused":
-            return needed + backends.steps(self.backend).fused_bytes(self, rows)
+        needed += min(GATHER_BYTES, 3 * size * rows * H)
         needed += 2 * 8 * rows * min(cols, SQUARED_COLS) * self.squares
         if plan in (*COMPLETE, "recompute"):
             # dhidden of the chunk; rows scaled by coefficients, and rounded
@@ -256,7 +263,7 @@ def budget(workspace_bytes: int | None, problem: Problem) -> int:
     total = (
         torch.cuda.get_device_properties(problem.device).total_memory if problem.device.type == "cuda" else 0
     )
-    return min(fast, total // 16) if total else fast
+    return min(max(fast, LEAST_BUDGET), total // 16) if total else fast
 
 
 def check_plan(plan: str) -> None:
@@ -279,7 +286,7 @@ def choose(problem: Problem, plan: str = "auto", workspace_bytes: int | None = N
         if found.plan is None:
             raise ValueError(f"plan={plan!r} cannot serve this call: {found.reason}.")
         return found.plan
-    able = [c.plan for c in candidates(problem, available) if c.plan is not None]
+    able = [c.plan for c in candidates(problem, available) if c.plan is not None and c.name not in BY_NAME]
     return min(able, key=problem.cost)
 
 
@@ -364,7 +371,7 @@ def _sized(name: str, problem: Problem, available: int) -> Plan | None:
     cols = _cols(problem, rows)
     while problem.bytes(name, rows, cols, apart) > available:
         if cols > _least_cols(problem):
-            cols = max(_least_cols(problem), cols // 2)
+            cols = max(_least_cols(problem), cols // 2 // MIN_COLS * MIN_COLS)  # rows that begin aligned
         elif rows > MIN_ROWS and name not in COMPLETE:
             rows = max(MIN_ROWS, rows // 2)
         else:

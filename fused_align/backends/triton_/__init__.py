@@ -6,6 +6,7 @@ Importing this does not import triton; `steps`, `losses`, `logits` and `score` d
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -23,11 +24,12 @@ def installed() -> str | None:
 
 
 INSTALLED = installed()
+COMPILER = next(filter(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang")), None)
 
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python, on a CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as it reads it
 
 
 def why_not(device: torch.device) -> str | None:
@@ -40,6 +42,8 @@ def why_not(device: torch.device) -> str | None:
         if interpreted():
             return None
         return "its kernels need a GPU, and the tensors are on cpu (TRITON_INTERPRET=1 runs them in Python)"
+    if COMPILER is None:
+        return "Triton builds its launcher with a C compiler, and none of $CC, cc, gcc, clang is there"
     if device.type != "cuda":
         return f"its kernels need an NVIDIA or AMD GPU, and the tensors are on {device}"
     found = torch.cuda.get_device_properties(device)  # (a constant to torch.compile)

@@ -14,7 +14,7 @@ from .rows import row_sums
 def block(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The rows and columns of this program in a grid of blocks: [r] int64, [v], and which are there."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    column = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    column = tl.program_id(1) * COLS + tl.arange(0, COLS).to(tl.int64)  # a column step may be as large
     return row, column, row < rows, (row < rows)[:, None] & (column < cols)[None, :]
 
 
@@ -101,7 +101,7 @@ def store_hidden(
     tl.store(where, rounded(grad, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count", "given"])
+@triton.jit(do_not_specialize=["count", "given", "columns"])
 def add_rows(
     out,  # [v, H] added to
     column,  # [n] int64, rising
@@ -111,6 +111,7 @@ def add_rows(
     index,  # [n] | None: which row of x
     count,  # n
     given,  # M
+    columns,  # v; a column that is none of these is left out
     hidden,
     out_stride,
     out_step,
@@ -127,8 +128,8 @@ def add_rows(
     first = tl.program_id(0)
     y = tl.load(column + first)
     before = tl.load(column + first - 1, mask=first > 0, other=-1)
-    if y != before:
-        h = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    if (y != before) & (y < columns):
+        h = tl.program_id(1) * COLS + tl.arange(0, COLS).to(tl.int64)
         sums = tl.zeros((COLS,), out.dtype.element_ty)
         more = y == y
         while more:

@@ -161,7 +161,7 @@ def _backward_kernel(
         own -= c_entropy * p_y * (_keep_above(value, _NOTHING) + H)
         slope -= c_entropy * (H - log_Z)
     own = own * scale
-    slope = slope * scale / Z
+    slope = tl.where(value == value, slope * scale / Z, value)  # of a target outside [0, V) too
     if dentropy is not None:
         bend = c_entropy * scale / Z
 

@@ -81,7 +81,7 @@ class LossKernel:
     params: tuple[float, ...]
 
     kernel: ClassVar[Any] = None
-    rows: ClassVar[int] = 0  # K, with metrics
+    most: ClassVar[int] = 0  # K, with metrics
 
     def evaluate(
         self,
@@ -113,7 +113,7 @@ class LossKernel:
         self._check(logp, batch)
         device, count = logp.device, self._programs(batch)
         flat = logp.detach().contiguous().view(-1)
-        used = self.rows if metrics else 1
+        used = self.most if metrics else 1
         # in padding no program writes, nor where packed offsets leave tokens out
         new = torch.empty_like if batch.cu_seqlens is None and batch.valid is None else torch.zeros_like
         if isinstance(divisor, Tensor):
@@ -147,9 +147,9 @@ class LossKernel:
         Raises:
             ValueError: it was called with metrics=False.
         """
-        if found.sums.numel() != self.rows:
+        if found.sums.numel() != self.most:
             raise ValueError(
-                f"{self.loss.name}'s kernel: metrics need {self.rows} sums, of evaluate(metrics=True); got "
+                f"{self.loss.name}'s kernel: metrics need {self.most} sums, of evaluate(metrics=True); got "
                 f"{found.sums.numel()}."
             )
         return self._metrics(found, batch)
@@ -192,7 +192,7 @@ class LossKernel:
 
 class PolicyKernel(LossKernel):
     kernel = policy.policy_loss
-    rows = 6
+    most = 6
 
     def _columns(self, batch: Batch, metrics: bool) -> dict[str, Any]:
         loss = self.loss
@@ -287,7 +287,7 @@ def _policy(loss: PolicyLoss, humanline: Humanline | None) -> LossKernel | str:
 
 class PairKernel(LossKernel):
     kernel = preference.preference_loss
-    rows = 9
+    most = 9
 
     def _programs(self, batch: Batch) -> int:
         return batch.pairs
@@ -383,7 +383,7 @@ def _pair(loss: PairLoss, humanline: Humanline | None) -> LossKernel | str:
 
 class JudgedKernel(LossKernel):
     kernel = preference.judged_loss
-    rows = 8
+    most = 8
 
     def _columns(self, batch: Batch, metrics: bool) -> dict[str, Any]:
         loss = self.loss

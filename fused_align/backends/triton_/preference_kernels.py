@@ -117,7 +117,7 @@ def score_of(
     """PairLoss.score: -> the score, and its derivative by the sum."""
     length = tl.where(count > 1.0, count, 1.0)
     x = total / length if MEAN else total
-    score, slope = x, x * 0.0 + 1.0
+    score, slope = x, tl.full((), 1.0, tl.float64)
     if SCORE == POWER:
         power = tl.load(params + 1)
         score = expm1(tl.where(power * x > 60.0, 60.0, power * x)) / power
@@ -158,7 +158,8 @@ def logistic(
     right, wrong, gamma, lam = tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
     fallen = chosen < 0.0
     m = scale * (chosen - rejected - lam * tl.where(fallen, -chosen, 0.0)) - gamma
-    value = -weight * (right * log_sigmoid(m) + wrong * log_sigmoid(-m))
+    against = tl.where(wrong == 0.0, 0.0, wrong * log_sigmoid(-m))  # of an infinite margin, too
+    value = -weight * (right * log_sigmoid(m) + against)
     by_margin = -weight * scale * (right * sigmoid(-m) - wrong * sigmoid(m))
     return value, by_margin * tl.where(fallen, 1.0 + lam, 1.0), -by_margin
 
@@ -182,8 +183,8 @@ def pair_terms(
         away = chosen - rejected - tl.load(own)
         value, dx, dy, scale = away * away, 2.0 * away, -2.0 * away, 1.0
     elif KIND == HINGE:
-        open = m < 1.0
-        value, dx = tl.where(open, 1.0 - m, 0.0), tl.where(open, -1.0, 0.0)
+        closed = m >= 1.0  # NaN stays NaN
+        value, dx = tl.where(closed, 0.0, 1.0 - m), tl.where(closed, 0.0, -1.0)
         dy = -dx
     elif KIND == EXO:
         right, wrong = tl.load(own), tl.load(own + 1)

@@ -52,7 +52,7 @@ def open_rows(
     WORK: tl.constexpr = z.dtype.element_ty
     sums = tl.zeros((ROWS, COLS), WORK)
     for first in range(0, hidden, COLS):
-        column = first + tl.arange(0, COLS)
+        column = first + tl.arange(0, COLS).to(tl.int64)  # a column step may be as large
         inside = live[:, None] & (column < hidden)[None, :]
         a = tl.load(x + row[:, None] * x_stride + column[None, :] * x_step, mask=inside, other=0)
         w = tl.load(weight + y[:, None] * weight_stride + column[None, :] * weight_step, mask=inside, other=0)

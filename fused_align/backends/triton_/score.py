@@ -89,7 +89,8 @@ OTHERS = tuple(
     for depth, stages in ((32, 4), (64, 3), (64, 4), (128, 3))
 )
 SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes; sm_86, sm_89 and sm_120 count as 80
-SAMPLE = 4096  # rows that are timed
+SPARE = 8 << 10  # of that, for what the compiler puts beside the operands
+SAMPLE = 4096  # rows that are timed, however many there are
 
 
 @triton.jit
@@ -360,7 +361,8 @@ def tuned(default: Config, x: Tensor, weight: Tensor, kind: str, run: Callable[[
         found = store.get_file(name)
         if found is None:
             measure: Any = tuning.timer or triton.testing.do_bench
-            times = {c: measure(partial(run, c), quantiles=[0.5, 0.2, 0.8])[0] for c in _fitting(default, x)}
+            fitting = _fitting(default, x.device, x.dtype)
+            times = {c: measure(partial(run, c), quantiles=[0.5, 0.2, 0.8])[0] for c in fitting}
             best = min(times, key=times.__getitem__)
             found = store.put(json.dumps({"about": about, "config": asdict(best)}), name, binary=False)
         with open(found) as file:
@@ -368,12 +370,13 @@ def tuned(default: Config, x: Tensor, weight: Tensor, kind: str, run: Callable[[
     return _tuned[key]
 
 
-def _fitting(default: Config, x: Tensor) -> list[Config]:
+def _fitting(default: Config, device: torch.device, dtype: torch.dtype) -> list[Config]:
+    """The default and those whose operands, with a tile of sums, fit into shared memory."""
     if interpreted():
         return [default, replace(default, rows=32, cols=32)]
-    most = SHARED[_arch(x.device)]
+    most, size = SHARED[_arch(device)], dtype.itemsize
     sized = (replace(c, programs=default.programs) for c in OTHERS)
-    return [default, *(c for c in sized if (c.rows + c.cols) * c.depth * c.stages * x.element_size() <= most)]
+    return [default, *(c for c in sized if (c.rows + c.cols) * c.depth * c.stages * size + SPARE <= most)]
 
 
 def _name(device: torch.device) -> str:
@@ -398,9 +401,11 @@ def split(vocab: int, sizes: Config) -> tuple[int, int]:
     return -(-tiles // per), per
 
 
-def partial_bytes(rows: int, vocab: int, sizes: Config, *, entropy: bool = False) -> int:
-    """What `fused_score` allocates for the sums of its groups."""
-    return rows * split(vocab, sizes)[0] * (16 if entropy else 8)
+def partial_bytes(rows: int, vocab: int, device: torch.device, dtype: torch.dtype, entropy: bool) -> int:
+    """The most that `fused_score` allocates for the sums of its groups, whichever sizes are chosen."""
+    default = config(device, dtype)
+    groups = max(split(vocab, sizes)[0] for sizes in (default, *_fitting(default, device, dtype)))
+    return rows * groups * (16 if entropy else 8)
 
 
 def fused_score(
@@ -437,7 +442,7 @@ def fused_score(
         kind = kind if even else "odd"
         sizes = config(x.device, x.dtype, kind)
         if os.environ.get("FUSED_ALIGN_TUNE") == "1" and n:
-            some = slice(0, SAMPLE)
+            some = torch.arange(SAMPLE, device=x.device) % n
             rows = x[some], weight, bias, target[some], ref[some]
             heat = gain[some] if isinstance(gain, Tensor) else gain
             pivots = None if pivot is None else pivot[some]

@@ -119,7 +119,7 @@ def exp_tile(
     watch: bool,
     static: bool,
 ) -> None:
-    logits = _logits(head, chunk, weight, tile, scratch, out)
+    logits = _logits(head, chunk, weight, tile, scratch)
     count, cols = logits.shape
     before, moved = chunk.ref, torch.empty_like(chunk.ref) if watch else None
     tuning.exp_tile(
@@ -144,7 +144,7 @@ def grad_tile(
     out: Tensor,
     scratch: Scratch,
 ) -> None:
-    logits = _logits(head, chunk, weight, tile, scratch, out)
+    logits = _logits(head, chunk, weight, tile, scratch)
     constant, mixing = coef.mix or (None, None)
     tuning.grad_tile(
         logits.shape, logits, out, _dense(bias), chunk.target, _gain(chunk), chunk.ref, constant,
@@ -179,6 +179,8 @@ def fused_score(head: Head, chunk: Chunk) -> None:
 
 def why_not_fused(problem: Problem) -> str | None:
     x, weight = problem.operand or problem.hidden_dtype, problem.weight_dtype
+    if torch.version.hip is not None:
+        return "fused has no sizes for AMD's GPUs"
     if problem.squares or (problem.average and problem.capped):
         return "fused sums no more than log-probs and entropies need"
     if x != weight or weight not in _TYPES:
@@ -191,18 +193,17 @@ def why_not_fused(problem: Problem) -> str | None:
 
 
 def fused_bytes(problem: Problem, rows: int) -> int:
-    sizes = score.config(problem.device, problem.weight_dtype)
-    return score.partial_bytes(rows, problem.vocab, sizes, entropy=problem.entropy)
+    return score.partial_bytes(rows, problem.vocab, problem.device, problem.weight_dtype, problem.entropy)
 
 
-def _logits(
-    head: Head, chunk: Chunk, weight: Tensor, tile: Tensor, scratch: Scratch, out: Tensor | None
-) -> Tensor:
-    """Raw logits of a tile: in tile; or rounded, where the head asks and out is elsewhere, in half of it."""
+def _logits(head: Head, chunk: Chunk, weight: Tensor, tile: Tensor, scratch: Scratch) -> Tensor:
+    """Raw logits of a tile: in tile; those of a bfloat16 head that says so rounded, in half of it.
+
+    (Every walk of a call must round alike. float16 cannot: its gradient tiles are float32, and lie in tile.)
+    """
     x = chunk.x
     assert x is not None
-    apart = out is None or out.data_ptr() != tile.data_ptr()
-    if head.rounded and apart and x.dtype == weight.dtype and x.dtype in torch_.HALF:
+    if head.rounded and x.dtype == weight.dtype == torch.bfloat16:
         logits = tile.view(x.dtype).view(-1)[: tile.numel()].view(tile.shape)
         torch.mm(x, weight.t(), out=logits)
         return logits
@@ -268,10 +269,10 @@ def add_hidden_rows(
     elif rows is not None and x is not None:
         x = x[rows.index]
     operand = None if head is None or x is None else _rounding(head, x)
+    given, steps = (0, (0, 0)) if x is None else (x.shape[0], x.stride())
     tuning.add_rows(
-        (column.numel(), out.shape[1]), out, rising, order, coef, x, index, column.numel(),
-        0 if x is None else x.shape[0], out.shape[1], *out.stride(), *((0, 0) if x is None else x.stride()),
-        OPERAND=operand,
+        (column.numel(), out.shape[1]), out, rising, order, coef, x, index, column.numel(), given,
+        *out.shape, *out.stride(), *steps, OPERAND=operand,
     )  # fmt: skip
 
 
