@@ -276,7 +276,7 @@ def _added(s: Sizes, sorted_already: bool) -> Callable[[int], Made]:
                 steps.add_hidden_rows(out, column, x, c)
             else:
                 tuning.add_rows(
-                    (s.rows, s.hidden), out, rising, order, c, x, None, s.rows, s.rows, s.hidden,
+                    (s.rows, s.hidden), out, rising, order, c, x, None, s.rows, s.rows, *out.shape,
                     *out.stride(), *x.stride(), OPERAND=None,
                 )  # fmt: skip
             return (out,)
