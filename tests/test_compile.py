@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, fresh, gradients, leaves_of, loss_id, make_case, make_head, plans_for, run_loss
+from cases import (
+    Case,
+    fresh,
+    generator,
+    gradients,
+    leaves_of,
+    loss_id,
+    make_case,
+    make_head,
+    plans_for,
+    run_loss,
+)
 from tolerances import check_grad, check_loss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -103,7 +114,7 @@ def test_compiles_into_one_graph(head: str, frozen: bool, dynamic: bool):
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_logits_with_temperatures_compile_into_one_graph():
-    logits, target = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    logits, target = torch.randn(6, 9, generator=generator(0)), torch.arange(6)
     temperature = torch.linspace(0.5, 2, 6)
 
     def call(logits: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import generator
 from tolerances import GRAD, check_logp, relative_errors
 from torch import Tensor
 
@@ -16,10 +17,10 @@ from fused_align.linear.plan import Problem, choose
 
 
 def operands(n: int, h: int, v: int, dtype: torch.dtype, lead: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(v, h, generator=generator) / h**0.5
-    target = torch.randint(0, v, (n,), generator=generator)
-    hidden = torch.randn(n, h, generator=generator) + lead * weight[target]
+    gen = generator(3)
+    weight = torch.randn(v, h, generator=gen) / h**0.5
+    target = torch.randint(0, v, (n,), generator=gen)
+    hidden = torch.randn(n, h, generator=gen) + lead * weight[target]
     return hidden.to(dtype), weight.to(dtype), target
 
 
@@ -91,7 +92,7 @@ def test_autocast_of_a_float32_weight_needs_no_second_sum():
 
 
 def test_logits_are_not_copied_to_be_flattened():
-    logits = torch.randn(3, 5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(3, 5, 40, dtype=torch.float64, generator=generator(0))
     target = torch.tensor([[1, 2, -100, 4], [0, 39, 3, -100], [5, 6, 7, 8]])
     view = logits.requires_grad_()[:, :-1]  # can't be viewed as [N, V]
     got = fa.logp_from_logits(view, target)
@@ -169,8 +170,8 @@ def test_an_entropy_that_nobody_differentiates_costs_no_gradient(monkeypatch: py
 
 @pytest.mark.parametrize("offset", [100.0, 1e3, 1e4])
 def test_logits_with_a_common_offset(offset: float):
-    logits = offset + torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
-    target = torch.randint(300, (20,), generator=torch.Generator().manual_seed(1))
+    logits = offset + torch.randn(20, 300, generator=generator(0))
+    target = torch.randint(300, (20,), generator=generator(1))
     leaves = [logits.requires_grad_(), logits.detach().double().requires_grad_()]
     (got,) = torch.autograd.grad(fa.logp_from_logits(leaves[0], target).sum(), leaves[0])
     dense = leaves[1].log_softmax(-1).gather(-1, target[:, None]).sum()
@@ -181,7 +182,7 @@ def test_logits_with_a_common_offset(offset: float):
 @pytest.mark.parametrize("raw", [30.0, 120.0, 150.0])
 def test_the_slope_of_a_target_near_its_cap(raw: float):
     """1 - tanh^2 loses no digits to the rounding of the capped logit."""
-    weight = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(50, 8, generator=generator(0))
     hidden, target = (raw * weight[7] / weight[7].square().sum())[None], torch.tensor([7])
     grads = []
     for dtype, backend in ((torch.float32, "auto"), (torch.float64, "eager")):

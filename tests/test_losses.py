@@ -12,6 +12,7 @@ from cases import (
     LOSSES,
     REGISTRY,
     Case,
+    generator,
     gradients,
     grpo_case,
     leaves_of,
@@ -40,9 +41,7 @@ def small_case(seed: int = 0) -> Case:
 
 
 def weighted(case: Case) -> dict:
-    return {
-        "token_weight": torch.rand(case.target.shape, generator=torch.Generator().manual_seed(5)).double() * 2
-    }
+    return {"token_weight": torch.rand(case.target.shape, generator=generator(5)).double() * 2}
 
 
 def check(case: Case, loss: fa.Loss, dtype: torch.dtype, *, backend: str = "torch", **options) -> None:

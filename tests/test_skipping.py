@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import HUMANLINE, Case, leaves_of, make_case, oracle_loss, run_loss
+from cases import HUMANLINE, Case, generator, leaves_of, make_case, oracle_loss, run_loss
 from test_plans import gemms
 from tolerances import check_grad, check_loss
 from torch import Tensor
@@ -90,7 +90,7 @@ def test_clipped_tokens(loss: fa.Loss, plan: str, per_row: int):
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_upstream_gradients_of_zero(share: float, frozen: bool):
     case = some_case()
-    up = (torch.rand(case.target.shape, generator=torch.Generator().manual_seed(5)) < share).float()
+    up = (torch.rand(case.target.shape, generator=generator(5)) < share).float()
     leaves = leaves_of(case, ("weight",) if frozen else ())
 
     def run() -> None:

@@ -21,6 +21,7 @@ import test_properties
 import test_skipping
 import test_stats_losses
 import test_waist
+import torch
 from test_compile import fresh_compiler  # noqa: F401  a fixture
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -50,6 +51,13 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
+#: what a CPU alone can do: look at data before it starts, and have budgets of a known size
+ON_CPU = (
+    "out_of_range", "too_few", "a_promise_kept", "nothing_is_added", "are_checked", "no_pair_fits",
+    "an_error_asks_for", "the_environment_sets",
+)  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_ALIGN_BACKEND", "triton")
@@ -63,9 +71,14 @@ def _copied(test: FunctionType, most: int) -> FunctionType:
     return pytest.mark.share(most)(copy)
 
 
+def _wanted(name: str, value: object) -> bool:
+    here = torch.get_default_device().type == "cpu" or not any(word in name for word in ON_CPU)
+    return name.startswith("test_") and isinstance(value, FunctionType) and name not in ELSEWHERE and here
+
+
 for _module, _most in SHARE.items():
     for _name, _test in list(vars(_module).items()):
-        if _name.startswith("test_") and isinstance(_test, FunctionType) and _name not in ELSEWHERE:
+        if _wanted(_name, _test):
             _stem = _module.__name__.removeprefix("test_")
             globals()[f"test_{_stem}_{_name.removeprefix('test_')}"] = _copied(
                 _test, 0 if any(word in _name for word in LONG) else _most
