@@ -169,9 +169,7 @@ class Coefficients:
     mix: tuple[Tensor, Tensor] | None = None  # (a, b) where E is first multiplied by a + b x, x its exponent
     average: Tensor | None = None  # on the mean over the vocabulary of weight, without a cap
     uniform: Tensor | None = None  # added to (mixed) E, under a cap: the same thing where f differs by column
-    order: Tensor | None = (
-        None  # places of the rows with a coefficient that is not 0, in order; then anything
-    )
+    order: Tensor | None = None  # places of the rows with a coefficient other than 0, in order; then anything
     counts: Tensor | None = None  # [3]: how many those are; whether rows were lost; whether references moved
 
     def tally(self) -> tuple[int, bool, bool]:
