@@ -61,11 +61,13 @@ bench: $(READY) $(BENCH_READY)
 	$(PY) -m pytest bench/test_bench.py --benchmark-only -q $(ARGS)
 
 # Within nine minutes on 16 cores: what runs on the CPU, what runs on the device, every kernel under
-# compute-sanitizer where that is installed, and the benchmarks.
+# compute-sanitizer where that is installed, and the benchmarks. GPU_WORKERS= does without pytest-xdist.
+GPU_WORKERS ?= -n 8
 gpu: $(READY) $(BENCH_READY)
 	$(PY) -m fused_align.env
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m "not slow" $(ARGS)
-	OMP_NUM_THREADS=1 FUSED_ALIGN_TEST_DEVICE=cuda $(PY) -m pytest -n 4 -m "not slow" tests/test_triton.py $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(GPU_WORKERS) -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 FUSED_ALIGN_TEST_DEVICE=cuda $(PY) -m pytest $(GPU_WORKERS) -m "not slow" \
+		tests/test_triton.py $(ARGS)
 	@if command -v compute-sanitizer > /dev/null; then \
 		compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) tests/sanitize.py && \
 		compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) tests/sanitize.py; \
