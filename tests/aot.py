@@ -80,8 +80,7 @@ def steps() -> list[Case]:
 
     def note(launch: tuning.Launch, sizes: tuple[int, ...], *args: object, **flags: object) -> None:
         names = launch.kernel.arg_names
-        blocks = {k: v for k, v in launch.default.sizes().items() if k in names}
-        arguments = dict(zip(names, args, strict=False)) | flags | blocks
+        arguments = dict(zip(names, args, strict=False)) | flags | launch.default.sizes()
         one = case(launch.kernel, arguments, {"num_warps": launch.default.warps})
         found.setdefault(one.key(), one)
         if launch is tuning.compact:  # what the host goes by: all rows but one have a gradient

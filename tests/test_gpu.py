@@ -33,12 +33,12 @@ def operands(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tuple[Tensor
 
 
 def batch_of(target: Tensor) -> fa.Batch:
-    shape = (8, N // 8)
+    shape, generator = (8, N // 8), torch.Generator("cuda").manual_seed(1)
     columns: dict[str, Tensor] = {
-        name: -10 + torch.rand(shape, device="cuda") for name in ("old_logp", "ref_logp")
+        name: -10 + torch.rand(shape, generator=generator, device="cuda") for name in ("old_logp", "ref_logp")
     }
     return fa.Batch(
-        target.view(shape), **columns, advantage=torch.randn(8, device="cuda"),
+        target.view(shape), **columns, advantage=torch.randn(8, generator=generator, device="cuda"),
         desirable=torch.arange(8, device="cuda") % 2 == 0, kl=torch.zeros((), device="cuda"),
     )  # fmt: skip
 

@@ -155,11 +155,11 @@ class LossKernel:
         return self._metrics(found, batch)
 
     def _metrics(self, found: Evaluated, batch: Batch) -> dict[str, Tensor]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _metrics(found, batch).")
 
     def _columns(self, batch: Batch, metrics: bool) -> dict[str, Tensor | None]:
         """The family's columns, and codes that depend on which are there."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _columns(batch, metrics).")
 
     def _programs(self, batch: Batch) -> int:
         return batch.sequences

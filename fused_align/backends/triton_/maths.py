@@ -33,14 +33,6 @@ def clamped(x, low, high):
 
 
 @triton.jit
-def log1p(x):
-    """log(1 + x) with its digits near 0, for x in [0, 1]; Kahan's way again."""
-    u = 1.0 + x
-    none = u == 1.0
-    return tl.where(none, x, tl.log(u) * (x / tl.where(none, 1.0, u - 1.0)))
-
-
-@triton.jit
 def expm1(x):
     """exp(x) - 1 with its digits near 0.
 
@@ -51,6 +43,14 @@ def expm1(x):
     plain = (u == 1.0) | (u == 0.0) | (u > 1e30)  # where log(u) is of no use
     y = (u - 1.0) * (x / tl.log(tl.where(plain, 2.0, u)))
     return tl.where(u == 1.0, x, tl.where(plain, u - 1.0, y))
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) with its digits near 0, for x in [0, 1]; Kahan's way again."""
+    u = 1.0 + x
+    none = u == 1.0
+    return tl.where(none, x, tl.log(u) * (x / tl.where(none, 1.0, u - 1.0)))
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -49,7 +49,7 @@ class Launch:
     grid: tuple[str | None, ...] = ("ROWS",)  # what each size of the problem is divided by
     key: tuple[str, ...] = ()  # arguments whose values make a class of sizes
     adds_to: tuple[str, ...] = ()  # arguments that a timing run must find as they were
-    interpreted: Blocks = field(default=Blocks(64, 256))  # few programs, each of which is slow
+    interpreted: Blocks = Blocks(64, 256)  # few programs, each of which is slow
 
     def __call__(self, sizes: tuple[int, ...], *args: object, **flags: object) -> None:
         """Launches over `sizes`, one for each dimension of the grid; nothing if one of them is 0."""
@@ -66,11 +66,7 @@ class Launch:
                 _tuned(self)[grid](*args, **flags)
             else:
                 chosen = self.interpreted if interpreted() else self.default
-                sized = {k: v for k, v in chosen.settings().items() if self._takes(k)}
-                self.kernel[grid](*args, **flags, **sized)
-
-    def _takes(self, name: str) -> bool:
-        return name == "num_warps" or name in self.kernel.arg_names
+                self.kernel[grid](*args, **flags, **chosen.settings())
 
     def configs(self) -> list[triton.Config]:
         return [triton.Config(b.sizes(), num_warps=b.warps) for b in (self.default, *self.others)]
@@ -132,9 +128,9 @@ add_products = Launch(
 open_rows = Launch(
     rows.open_rows, Blocks(1, 1024, 4), (Blocks(4, 512, 4), Blocks(1, 2048, 8)), key=("hidden",)
 )
-finish_rows = Launch(rows.finish_rows, Blocks(128))
-coefficients = Launch(rows.coefficients, Blocks(128))
-compact = Launch(rows.compact, Blocks(1024, None, 8), grid=(None,))
+finish_rows = Launch(rows.finish_rows, Blocks(128), interpreted=Blocks(64))
+coefficients = Launch(rows.coefficients, Blocks(128), interpreted=Blocks(64))
+compact = Launch(rows.compact, Blocks(1024, None, 8), grid=(None,), interpreted=Blocks(64))
 scaled_rows = Launch(hidden.scaled_rows, Blocks(1, 1024), _FLAT, ("ROWS", "COLS"), key=("hidden",))
 close_product = Launch(
     hidden.close_product, Blocks(1, 1024), _FLAT, ("ROWS", "COLS"), key=("hidden",), adds_to=("product",)
