@@ -88,24 +88,3 @@ def test_every_folder_is_packaged() -> None:
     expected = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert set(find_packages(str(ROOT), include=["fused_align*"])) == expected
     assert (ROOT / "fused_align" / "py.typed").is_file()
-
-
-@pytest.mark.parametrize(
-    ("choice", "status", "said"),
-    [
-        ("auto", 0, "fused-align"),
-        ("0", 0, "fused-align"),
-        ("1", 1, "csrc/ holds no .cu file"),
-        ("yes", 1, "FUSED_ALIGN_CUDA must be one of auto, 0, 1; got 'yes'"),
-    ],
-)
-def test_setup_reads_its_switch_and_no_torch(choice: str, status: int, said: str) -> None:
-    code = (
-        "import runpy, sys\n"
-        "sys.modules['torch'] = None\n"
-        "sys.argv = ['setup.py', '--name']\n"
-        "runpy.run_path('setup.py')\n"
-    )
-    done = python(code, FUSED_ALIGN_CUDA=choice)
-    assert done.returncode == status, done.stderr
-    assert said in (done.stderr if status else done.stdout)

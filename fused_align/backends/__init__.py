@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from . import eager, torch_, triton_
+from . import cuda_, eager, torch_, triton_
 
 if TYPE_CHECKING:
     from ..humanline import RatioClip
     from ..linear.plan import Problem
     from ..losses.base import Loss
     from ..rows import Rows
+    from .kernel_losses import LossKernel
     from .operands import Chunk, Coefficients, Head, Scratch, Upstream
     from .torch_logits import LogitStats
-    from .triton_.losses import LossKernel
 
-_TABLE: dict[str, ModuleType] = {"triton": triton_, "torch": torch_, "eager": eager}
-_AUTO = ("triton", "torch")  # in the order "auto" tries them
+_TABLE: dict[str, ModuleType] = {"triton": triton_, "cuda": cuda_, "torch": torch_, "eager": eager}
+_AUTO = ("triton", "cuda", "torch")  # in the order "auto" tries them
 
 
 class Steps(Protocol):
@@ -169,9 +169,13 @@ class Steps(Protocol):
 def steps(name: str) -> Steps:
     """The steps of a backend; those of torch for eager, which is dense and only plans with them."""
     if name == "triton":
-        from .triton_ import steps as triton_steps
+        from .triton_.steps import STEPS
 
-        return triton_steps
+        return STEPS
+    if name == "cuda":
+        from .cuda_.steps import STEPS
+
+        return STEPS
     return torch_
 
 
@@ -200,5 +204,5 @@ def pick(name: str, device: torch.device) -> str:
 
 
 def _suits(name: str, device: torch.device) -> bool:
-    """Whether "auto" may take it: Triton's interpreter on a CPU is for tests alone."""
-    return (name != "triton" or device.type != "cpu") and _TABLE[name].why_not(device) is None
+    """Whether "auto" may take it: kernels run on a CPU for tests alone."""
+    return (name == "torch" or device.type != "cpu") and _TABLE[name].why_not(device) is None

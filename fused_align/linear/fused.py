@@ -27,7 +27,7 @@ from .passes import Walk, load
 from .plan import Plan, Problem
 
 if TYPE_CHECKING:
-    from ..backends.triton_.losses import Evaluated, LossKernel
+    from ..backends.kernel_losses import Evaluated, LossKernel
 
 PROMISE = 1e-5  # how far from grad_scale the upstream gradient may be: factors are multiplied in float32
 

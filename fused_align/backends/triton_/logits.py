@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...batch import IGNORE_INDEX
+from ..logit_steps import check_columns, check_gradient, new_stats
 from ..torch_logits import NOTHING, LogitStats
 from . import interpreted, on_device
 from .maths import INTERPRETED, expm1, log_sigmoid, rounded
@@ -199,11 +200,9 @@ def logit_stats(
     logits are float64, float32, bfloat16 or float16; they are read once, ignored rows not at all. A target
     outside [0, V) gives a logp of NaN.
     """
-    work = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    count = logits.shape[0]
-    _check(logits, "logits")
-    logp, lse, largest, total = (logits.new_empty(count, dtype=work) for _ in range(4))
-    entropies = logits.new_empty(count, dtype=work) if entropy else None
+    check_columns(logits, "logits")
+    stats = new_stats(logits, entropy)
+    work, count = stats.logp.dtype, logits.shape[0]
     sizes: dict[str, Any] = _sizes(logits) | {"FLOOR": torch.finfo(work).min}
     if count:
         with on_device(logits.device):
@@ -211,18 +210,18 @@ def logit_stats(
                 logits,
                 target.contiguous(),
                 _scale(inverse, scalar, logits, work),
-                logp,
-                lse,
-                entropies,
-                largest,
-                total,
+                stats.logp,
+                stats.lse,
+                stats.entropy,
+                stats.largest,
+                stats.total,
                 float(scalar),
                 count,
                 logits.shape[1],
                 logits.stride(0),
                 **sizes,
             )
-    return LogitStats(logp, lse, entropies, largest, total)
+    return stats
 
 
 def logit_gradient(
@@ -241,12 +240,7 @@ def logit_gradient(
 
     Rows that are ignored, or whose coefficients are all 0, are not read and get zeros.
     """
-    _check(logits, "logits")
-    _check(out, "out")
-    if dentropy is not None and stats.entropy is None:
-        raise ValueError(
-            "logit_gradient: dentropy needs the entropy among the stats; ask for it (entropy=True)."
-        )
+    check_gradient(logits, out, dentropy, stats)
     work, count = stats.logp.dtype, logits.shape[0]
     sizes = _sizes(logits)
     if not count:
@@ -285,11 +279,3 @@ def _scale(inverse: Tensor | None, scalar: float, logits: Tensor, work: torch.dt
     if work == torch.float64 and scalar != 1:
         return logits.new_full((logits.shape[0],), scalar, dtype=work)
     return None
-
-
-def _check(tensor: Tensor, name: str) -> None:
-    if tensor.dim() != 2 or (tensor.stride(1) != 1 and tensor.shape[1] > 1):
-        raise ValueError(
-            f"{name} must be [M, V] with adjacent columns; got {list(tensor.shape)} with strides "
-            f"{list(tensor.stride())}. Call .contiguous()."
-        )

@@ -6,26 +6,20 @@
 import triton
 import triton.language as tl
 
+from ..codes import Penalty, RatioOf, Sampler, Surrogate
 from .loss_kernels import add_up, clip, count_live, live_at, read, read_both, span, weight_at
 from .maths import clamped, expm1, finite_exp, sigmoid
 
-# the surrogates of policy_loss
-CLIPPED = tl.constexpr(0)  # own: 1 - eps_low, 1 + eps_high, delta
-CISPO = tl.constexpr(1)  # own: eps_high, log eps_high
-SAPO = tl.constexpr(2)  # own: t_pos, t_neg
-REINFORCE = tl.constexpr(3)
+CLIPPED = tl.constexpr(Surrogate.CLIPPED.value)
+CISPO = tl.constexpr(Surrogate.CISPO.value)
+SAPO = tl.constexpr(Surrogate.SAPO.value)
 
-# what the ratio is the exponential of
-OF_TOKEN = tl.constexpr(0)
-OF_MEAN = tl.constexpr(1)
-OF_MEAN_STOPPED = tl.constexpr(2)  # GSPO-token: the sequence's ratio with the token's gradient
-OF_SUM = tl.constexpr(3)
+OF_TOKEN = tl.constexpr(RatioOf.TOKEN.value)
+OF_SUM = tl.constexpr(RatioOf.SUM.value)
 
-# the KL penalty, 0: none
-K1, K2, K3 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+K1, K2 = tl.constexpr(Penalty.K1.value), tl.constexpr(Penalty.K2.value)
 
-# the sampler's correction, 0: none
-TRUNCATE, MASK = tl.constexpr(1), tl.constexpr(2)
+TRUNCATE = tl.constexpr(Sampler.TRUNCATE.value)
 
 
 @triton.jit

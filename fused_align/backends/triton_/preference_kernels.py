@@ -6,27 +6,22 @@
 import triton
 import triton.language as tl
 
+from ..codes import Pair, Score
 from .loss_kernels import add_up, clip, live_at, read, span, weight_at
 from .maths import expm1, finite_exp, log_sigmoid, sigmoid
 
-# preference_loss: the score of a sequence from its sum or mean x
-PLAIN = tl.constexpr(0)  # x
-POWER = tl.constexpr(1)  # (e^(power x) - 1) / power
-JS = tl.constexpr(2)  # log 2 + log s(x)
+POWER = tl.constexpr(Score.POWER.value)
+JS = tl.constexpr(Score.JS.value)
 
-# and the losses on scores
-LOGISTIC = tl.constexpr(
-    0
-)  # own: right, wrong, gamma, lam; with a margin c_min, c_max - c_min, lam, tau, steepness
-SQUARE = tl.constexpr(1)  # own: aim
-HINGE = tl.constexpr(2)
-EXO = tl.constexpr(3)  # own: log(1 - eps), log eps
-NCA = tl.constexpr(4)
-BCO = tl.constexpr(5)
-SPPO = tl.constexpr(6)  # own: aim
-APO_ZERO = tl.constexpr(7)
-APO_DOWN = tl.constexpr(8)
-DISCO = tl.constexpr(9)  # own: tau
+LOGISTIC = tl.constexpr(Pair.LOGISTIC.value)
+SQUARE = tl.constexpr(Pair.SQUARE.value)
+HINGE = tl.constexpr(Pair.HINGE.value)
+EXO = tl.constexpr(Pair.EXO.value)
+NCA = tl.constexpr(Pair.NCA.value)
+BCO = tl.constexpr(Pair.BCO.value)
+SPPO = tl.constexpr(Pair.SPPO.value)
+APO_ZERO = tl.constexpr(Pair.APO_ZERO.value)
+APO_DOWN = tl.constexpr(Pair.APO_DOWN.value)
 
 
 # ---- scores of sequences -------------------------------------------------------------------------------

@@ -13,10 +13,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from . import hidden, interpreted, on_device, rows, tiles
+from .losses import loss as loss
+
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Launch:
         """Launches over `sizes`, one for each dimension of the grid; nothing if one of them is 0."""
         if 0 in sizes:
             return
+        flags = {name: _TYPES[x] if isinstance(x, torch.dtype) else x for name, x in flags.items()}
         device = next(x.device for x in args if isinstance(x, Tensor))
 
         def grid(meta: dict[str, int]) -> tuple[Any, ...]:

@@ -1,14 +1,15 @@
-"""The suites of the torch backend once more, with the triton backend in its place.
+"""The suites of the torch backend once more, with a backend of kernels in its place.
 
-Where there is no GPU Triton's interpreter runs the kernels, in about a second for each case. So of each test
-a few cases, evenly spread, are part of `make test`, and all of them of `make test-all` (`conftest.py`).
-On a GPU, FUSED_ALIGN_TEST_DEVICE=cuda puts the tensors there.
+Where there is no GPU Triton's interpreter runs its kernels, in about a second for each case, and `emulated`
+those of cuda, in about a tenth. So of each test some cases, evenly spread, are part of `make test`, and all of
+them of `make test-all` (`conftest.py`). On a GPU, FUSED_ALIGN_TEST_DEVICE=cuda puts the tensors there.
 """
 
 from __future__ import annotations
 
 from types import FunctionType, ModuleType
 
+import kernels
 import pytest
 import test_compile
 import test_corners
@@ -24,9 +25,8 @@ import test_waist
 import torch
 from test_compile import fresh_compiler  # noqa: F401  a fixture
 
-pytest.importorskip("triton", reason="triton is not installed")
-
-#: how many cases of each test of a module `make test` runs
+#: how many cases of each test of a module `make test` runs with triton; with cuda MORE times as many
+MORE = 3
 SHARE: dict[ModuleType, int] = {
     test_waist: 4,
     test_plans: 4,
@@ -59,8 +59,8 @@ ON_CPU = (
 
 
 @pytest.fixture(autouse=True)
-def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSED_ALIGN_BACKEND", "triton")
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.use(request.node.name.split("_")[1], monkeypatch)
 
 
 def _copied(test: FunctionType, most: int) -> FunctionType:
@@ -76,10 +76,12 @@ def _wanted(name: str, value: object) -> bool:
     return name.startswith("test_") and isinstance(value, FunctionType) and name not in ELSEWHERE and here
 
 
-for _module, _most in SHARE.items():
-    for _name, _test in list(vars(_module).items()):
-        if _wanted(_name, _test):
-            _stem = _module.__name__.removeprefix("test_")
-            globals()[f"test_{_stem}_{_name.removeprefix('test_')}"] = _copied(
-                _test, 0 if any(word in _name for word in LONG) else _most
-            )
+for _backend_name in kernels.BACKENDS:
+    for _module, _most in SHARE.items():
+        for _name, _test in list(vars(_module).items()):
+            if not _wanted(_name, _test):
+                continue
+            _stem, _own = _module.__name__.removeprefix("test_"), _name.removeprefix("test_")
+            _share = 0 if any(word in _name for word in LONG) else _most
+            _share *= MORE if _backend_name == "cuda" else 1
+            globals()[f"test_{_backend_name}_{_stem}_{_own}"] = _copied(_test, _share)

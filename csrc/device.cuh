@@ -1,0 +1,274 @@
+// What all kernels share: element types, 16-byte pieces of rows, and launches.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "launches.h"
+
+#define HOST_DEVICE __host__ __device__ __forceinline__
+
+namespace fused_align {
+
+constexpr int WARP = 32;
+constexpr int THREADS = 256;  // of a block, where nothing else is said
+constexpr int PIECE = 8;  // elements that a thread moves at once: 16 bytes of a 16-bit type, 32 of float32
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+// ---- one element ---------------------------------------------------------------------------------------
+
+template <typename W>
+HOST_DEVICE W widened(float x) {
+    return static_cast<W>(x);
+}
+template <typename W>
+HOST_DEVICE W widened(double x) {
+    return static_cast<W>(x);
+}
+template <typename W>
+HOST_DEVICE W widened(bfloat16 x) {
+    return static_cast<W>(__bfloat162float(x));
+}
+template <typename W>
+HOST_DEVICE W widened(float16 x) {
+    return static_cast<W>(__half2float(x));
+}
+
+/// x in another type, to the nearest.
+template <typename T, typename W>
+HOST_DEVICE T rounded(W x) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+        return __float2bfloat16_rn(static_cast<float>(x));
+    } else if constexpr (std::is_same_v<T, float16>) {
+        return __float2half_rn(static_cast<float>(x));
+    } else {
+        return static_cast<T>(x);
+    }
+}
+
+/// x rounded to a type that is known at run time (Type::none: not at all), and back.
+template <typename W>
+HOST_DEVICE W rounded_to(Type type, W x) {
+    if (type == Type::bfloat16) return widened<W>(rounded<bfloat16>(x));
+    if (type == Type::float16) return widened<W>(rounded<float16>(x));
+    if (type == Type::float32) return static_cast<W>(static_cast<float>(x));
+    return x;
+}
+
+/// Element i of a vector of any float type.
+template <typename W>
+HOST_DEVICE W element(const Array& a, int64_t i) {
+    switch (a.type) {
+        case Type::float64:
+            return widened<W>(static_cast<const double*>(a.data)[i]);
+        case Type::float32:
+            return widened<W>(static_cast<const float*>(a.data)[i]);
+        case Type::bfloat16:
+            return widened<W>(static_cast<const bfloat16*>(a.data)[i]);
+        default:
+            return widened<W>(static_cast<const float16*>(a.data)[i]);
+    }
+}
+
+// ---- pieces of rows ------------------------------------------------------------------------------------
+
+/// PIECE neighbouring elements as they came: loaded early, and widened where they are used.
+template <typename T>
+struct Piece {
+    uint4 bits[PIECE * sizeof(T) / 16];
+
+    /// In 16-byte loads: the address is a multiple of 16.
+    HOST_DEVICE explicit Piece(const T* from) {
+#pragma unroll
+        for (int i = 0; i < static_cast<int>(sizeof(bits) / 16); ++i)
+            bits[i] = reinterpret_cast<const uint4*>(from)[i];
+    }
+
+    /// Elements low to high of them alone, at any address; 0 beside them.
+    HOST_DEVICE Piece(const T* from, int low, int high) : bits{} {
+#pragma unroll
+        for (int k = 0; k < PIECE; ++k)
+            if (k >= low && k < high) reinterpret_cast<T*>(bits)[k] = from[k];
+    }
+
+    template <typename W>
+    HOST_DEVICE void widen(W (&out)[PIECE]) const {
+#pragma unroll
+        for (int k = 0; k < PIECE; ++k) out[k] = widened<W>(reinterpret_cast<const T*>(bits)[k]);
+    }
+};
+
+/// PIECE neighbouring elements in 16-byte loads. The address is a multiple of 16.
+template <typename T, typename W>
+HOST_DEVICE void load_piece(const T* from, W (&out)[PIECE]) {
+    Piece<T>(from).widen(out);
+}
+
+/// The same of fewer elements, at any address and distance; 0 behind them.
+template <typename T, typename W>
+HOST_DEVICE void load_some(const T* from, int64_t step, int count, W (&out)[PIECE]) {
+#pragma unroll
+    for (int k = 0; k < PIECE; ++k) out[k] = k < count ? widened<W>(from[k * step]) : W(0);
+}
+
+template <typename T, typename W>
+HOST_DEVICE void store_piece(T* to, const W (&x)[PIECE]) {
+    uint4 bits[PIECE * sizeof(T) / 16];
+#pragma unroll
+    for (int k = 0; k < PIECE; ++k) reinterpret_cast<T*>(bits)[k] = rounded<T>(x[k]);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(bits) / 16); ++i) reinterpret_cast<uint4*>(to)[i] = bits[i];
+}
+
+template <typename T, typename W>
+HOST_DEVICE void store_some(T* to, int64_t step, int count, const W (&x)[PIECE]) {
+#pragma unroll
+    for (int k = 0; k < PIECE; ++k)
+        if (k < count) to[k * step] = rounded<T>(x[k]);
+}
+
+/// A matrix of any float type, read and written in pieces of rows. Its type is known at run time: the branch
+/// is the same for all threads, and these matrices are [r, H], a small part of what a call moves.
+struct Matrix {
+    char* data;
+    Type type;
+    int64_t stride, step;  // of rows and columns, in elements
+    bool wide;             // every PIECE of a row begins at a multiple of 16 bytes
+
+    Matrix(const Array& a, int64_t stride, int64_t step = 1)
+        : data(static_cast<char*>(a.data)),
+          type(a.type),
+          stride(stride),
+          step(step),
+          wide(step == 1 && reinterpret_cast<uintptr_t>(a.data) % 16 == 0 &&
+               stride * size_of(a.type) % 16 == 0) {}
+
+    /// `count` elements (of PIECE) from a row's column, which is a multiple of PIECE.
+    template <typename W>
+    HOST_DEVICE void load(int64_t row, int64_t column, int count, W (&out)[PIECE]) const {
+        switch (type) {
+            case Type::float64:
+                return load_as<double>(row, column, count, out);
+            case Type::float32:
+                return load_as<float>(row, column, count, out);
+            case Type::bfloat16:
+                return load_as<bfloat16>(row, column, count, out);
+            default:
+                return load_as<float16>(row, column, count, out);
+        }
+    }
+
+    template <typename W>
+    HOST_DEVICE void store(int64_t row, int64_t column, int count, const W (&x)[PIECE]) const {
+        switch (type) {
+            case Type::float64:
+                return store_as<double>(row, column, count, x);
+            case Type::float32:
+                return store_as<float>(row, column, count, x);
+            case Type::bfloat16:
+                return store_as<bfloat16>(row, column, count, x);
+            default:
+                return store_as<float16>(row, column, count, x);
+        }
+    }
+
+private:
+    template <typename T>
+    HOST_DEVICE T* at(int64_t row, int64_t column) const {
+        return reinterpret_cast<T*>(data) + row * stride + column * step;
+    }
+
+    template <typename T, typename W>
+    HOST_DEVICE void load_as(int64_t row, int64_t column, int count, W (&out)[PIECE]) const {
+        if (wide && count >= PIECE) {
+            load_piece(at<const T>(row, column), out);
+        } else {
+            load_some(at<const T>(row, column), step, count, out);
+        }
+    }
+
+    template <typename T, typename W>
+    HOST_DEVICE void store_as(int64_t row, int64_t column, int count, const W (&x)[PIECE]) const {
+        if (wide && count >= PIECE) {
+            store_piece(at<T>(row, column), x);
+        } else {
+            store_some(at<T>(row, column), step, count, x);
+        }
+    }
+};
+
+// ---- launches ------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Tag {
+    using type = T;
+};
+
+/// body(Tag<float>) or body(Tag<double>), by the type of the sums.
+template <typename Body>
+void with_work(const char* kernel, Type type, Body body) {
+    if (type == Type::float32) return body(Tag<float>{});
+    if (type == Type::float64) return body(Tag<double>{});
+    throw std::invalid_argument(std::string(kernel) + ": sums are float32 or float64; got " + name_of(type) +
+                                ".");
+}
+
+template <typename T>
+constexpr Type type_of() {
+    if (std::is_same_v<T, double>) return Type::float64;
+    if (std::is_same_v<T, float>) return Type::float32;
+    if (std::is_same_v<T, bfloat16>) return Type::bfloat16;
+    if (std::is_same_v<T, float16>) return Type::float16;
+    if (std::is_same_v<T, int64_t>) return Type::int64;
+    if (std::is_same_v<T, int>) return Type::int32;
+    return Type::none;
+}
+
+/// The address of an array's first element, whose type is checked.
+template <typename T>
+T* as(const Array& a) {
+    if (a.data && a.type != type_of<T>())
+        throw std::invalid_argument(std::string("an argument of a kernel is to be ") + name_of(type_of<T>()) +
+                                    "; got " + name_of(a.type) + ".");
+    return static_cast<T*>(a.data);
+}
+
+inline void check(const char* kernel, cudaError_t status) {
+    if (status != cudaSuccess)
+        throw std::runtime_error("fused_align's CUDA kernel " + std::string(kernel) + ": " +
+                                 cudaGetErrorString(status) + ".");
+}
+
+inline int64_t divided(int64_t count, int64_t by) {
+    return (count + by - 1) / by;
+}
+
+/// Launches a kernel on `blocks` blocks in one dimension; nothing where there are none.
+template <typename... Expected, typename... Given>
+void launch(const char* name, const Device& on, int64_t blocks, int threads, void (*kernel)(Expected...),
+            Given&&... given) {
+    if (blocks == 0) return;
+    if (blocks > std::numeric_limits<int32_t>::max())
+        throw std::invalid_argument(std::string(name) + ": a grid has at most 2^31 - 1 blocks; got " +
+                                    std::to_string(blocks) + ". Give it fewer rows at once.");
+    check(name, cudaSetDevice(on.index));
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = static_cast<cudaStream_t>(on.stream);
+    check(name, cudaLaunchKernelEx(&config, kernel, std::forward<Given>(given)...));
+}
+
+}  // namespace fused_align

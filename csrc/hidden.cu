@@ -1,0 +1,236 @@
+// Kernels over rows of size H: what goes into the gradient GEMMs, and what becomes of their results.
+
+#include "reduce.cuh"
+#include "rows.cuh"
+
+namespace fused_align {
+
+namespace {
+
+/// A warp's row; each lane takes every 32nd piece of it.
+__device__ __forceinline__ int64_t row_of_warp() {
+    return static_cast<int64_t>(blockIdx.x) * (THREADS / WARP) + threadIdx.x / WARP;
+}
+
+/// body(column, count) for the pieces of a row of H elements that are this lane's.
+template <typename Body>
+__device__ __forceinline__ void for_pieces_of(int64_t hidden, Body body) {
+    for (int64_t column = threadIdx.x % WARP * PIECE; column < hidden; column += WARP * PIECE)
+        body(column, static_cast<int>(min(hidden - column, static_cast<int64_t>(PIECE))));
+}
+
+int64_t blocks_of_rows(int64_t rows) {
+    return divided(rows, THREADS / WARP);
+}
+
+// ---- scaled_rows ---------------------------------------------------------------------------------------
+
+/// out = coef * x, rounded to out's type. Reads x and writes out once. 256 threads of at most 64 registers.
+template <typename W>
+__global__ void __launch_bounds__(THREADS) scaled_rows_kernel(const Matrix x,    // [r, H]
+                                                              const W* coef,     // [r]
+                                                              const Matrix out,  // [r, H]
+                                                              int64_t rows, int64_t hidden) {
+    const int64_t row = row_of_warp();
+    if (row >= rows) return;
+    const W c = coef[row];
+    for_pieces_of(hidden, [&](int64_t column, int count) {
+        W piece[PIECE];
+        x.load(row, column, count, piece);
+#pragma unroll
+        for (int k = 0; k < PIECE; ++k) piece[k] *= c;
+        out.store(row, column, count, piece);
+    });
+}
+
+}  // namespace
+
+void scaled_rows(Device on, Array x, Array coef, Array out, int64_t rows, int64_t hidden, int64_t x_stride,
+                 int64_t x_step) {
+    with_work("scaled_rows", coef.type, [&](auto w) {
+        using W = typename decltype(w)::type;
+        launch("scaled_rows", on, blocks_of_rows(rows), THREADS, scaled_rows_kernel<W>,
+               Matrix(x, x_stride, x_step), as<W>(coef), Matrix(out, hidden), rows, hidden);
+    });
+}
+
+// ---- close_product -------------------------------------------------------------------------------------
+
+namespace {
+
+/// product *= factor / Z. Reads and writes it once. 256 threads of at most 64 registers.
+template <typename W>
+__global__ void __launch_bounds__(THREADS) close_product_kernel(const Matrix product,  // [r, H] in place
+                                                                const W* z,            // [r]
+                                                                const W* ref,          // [r]
+                                                                const W* total,        // [r]
+                                                                const W* factor,       // [r]
+                                                                int64_t rows, int64_t hidden) {
+    const int64_t row = row_of_warp();
+    if (row >= rows) return;
+    const W scale = static_cast<W>(finish(z[row], ref[row], total[row]).inverse * factor[row]);
+    for_pieces_of(hidden, [&](int64_t column, int count) {
+        W piece[PIECE];
+        product.load(row, column, count, piece);
+#pragma unroll
+        for (int k = 0; k < PIECE; ++k) piece[k] *= scale;
+        product.store(row, column, count, piece);
+    });
+}
+
+}  // namespace
+
+void close_product(Device on, Array product, Array z, Array ref, Array total, Array factor, int64_t rows,
+                   int64_t hidden, int64_t stride) {
+    with_work("close_product", product.type, [&](auto w) {
+        using W = typename decltype(w)::type;
+        launch("close_product", on, blocks_of_rows(rows), THREADS, close_product_kernel<W>,
+               Matrix(product, stride), as<W>(z), as<W>(ref), as<W>(total), as<W>(factor), rows, hidden);
+    });
+}
+
+// ---- store_hidden --------------------------------------------------------------------------------------
+
+namespace {
+
+template <typename W>
+struct StoreHidden {
+    Matrix out;             // [M, H]
+    const int64_t* index;   // [r] | null: rows start, start + 1, ...
+    Matrix product;         // [r, H]; may be rows of out
+    const W* scale;         // [r]
+    Matrix weight;          // [V, H]
+    const int64_t* target;  // [r]
+    const W* coef;          // [r]
+    const W* on_average;    // [r] | null
+    Array average;          // [H] | null
+    int64_t start;
+    Type operand;  // the weight is rounded to this first
+};
+
+/// out[index] = scale * product + coef * weight[target] + on_average * average. Reads two rows and writes
+/// one. 256 threads of at most 64 registers.
+template <typename W>
+__global__ void __launch_bounds__(THREADS)
+    store_hidden_kernel(const StoreHidden<W> a, int64_t rows, int64_t hidden) {
+    const int64_t row = row_of_warp();
+    if (row >= rows) return;
+    const int64_t y = a.target[row], place = a.index ? a.index[row] : a.start + row;
+    const W scale = a.scale[row], coef = a.coef[row], on_average = a.on_average ? a.on_average[row] : W(0);
+    for_pieces_of(hidden, [&](int64_t column, int count) {
+        W grad[PIECE], weight[PIECE];
+        a.product.load(row, column, count, grad);
+        a.weight.load(y, column, count, weight);
+#pragma unroll
+        for (int k = 0; k < PIECE; ++k) grad[k] = grad[k] * scale + rounded_to(a.operand, weight[k]) * coef;
+        if (a.average.data) {
+#pragma unroll
+            for (int k = 0; k < PIECE; ++k)
+                if (k < count) grad[k] += element<W>(a.average, column + k) * on_average;
+        }
+        a.out.store(place, column, count, grad);
+    });
+}
+
+}  // namespace
+
+void store_hidden(Device on, Array out, Array index, Array product, Array scale, Array weight, Array target,
+                  Array coef, Array on_average, Array average, int64_t rows, int64_t hidden, int64_t start,
+                  int64_t out_stride, int64_t product_stride, int64_t weight_stride, int64_t weight_step,
+                  Type operand) {
+    with_work("store_hidden", product.type, [&](auto w) {
+        using W = typename decltype(w)::type;
+        const StoreHidden<W> a{Matrix(out, out_stride),
+                               as<int64_t>(index),
+                               Matrix(product, product_stride),
+                               as<W>(scale),
+                               Matrix(weight, weight_stride, weight_step),
+                               as<int64_t>(target),
+                               as<W>(coef),
+                               as<W>(on_average),
+                               average,
+                               start,
+                               operand};
+        launch("store_hidden", on, blocks_of_rows(rows), THREADS, store_hidden_kernel<W>, a, rows, hidden);
+    });
+}
+
+// ---- add_rows ------------------------------------------------------------------------------------------
+
+namespace {
+
+template <typename W>
+struct AddRows {
+    Matrix out;                             // [v, H] added to
+    const int64_t* column;                  // [n] rising
+    const int64_t* order;                   // [n]: which coefficient and row each of those has
+    Array coef;                             // [n]
+    Matrix x;                               // [M, H] | null: ones
+    const int64_t* index;                   // [n] | null: which row of x
+    int64_t count, given, columns, hidden;  // n, M, v (a column that is none of these is left out), H
+    int parts;                              // blocks for a row of out
+    Type operand;                           // x is rounded to this first
+};
+
+/// out[column] += coef * x, in the order of the list: the block of the first row of a column adds up all of
+/// that column's, the blocks of the others end at once.
+///
+/// Reads n rows, reads and writes as many rows of out as there are columns. Threads of at most 64 registers.
+template <typename W>
+__global__ void __launch_bounds__(THREADS) add_rows_kernel(const AddRows<W> a) {
+    const int64_t first = blockIdx.x / a.parts;
+    const int64_t y = a.column[first];
+    if (y >= a.columns || (first > 0 && a.column[first - 1] == y)) return;
+    const int64_t column = (static_cast<int64_t>(blockIdx.x % a.parts) * blockDim.x + threadIdx.x) * PIECE;
+    const int count = static_cast<int>(min(a.hidden - column, static_cast<int64_t>(PIECE)));
+    if (count <= 0) return;
+    W sums[PIECE] = {};
+#pragma unroll 4
+    for (int64_t place = first; place < a.count && a.column[place] == y; ++place) {
+        const int64_t entry = a.order[place];
+        const int64_t row = a.index ? a.index[entry] : entry;
+        const W c = element<W>(a.coef, entry);
+        W piece[PIECE];
+        if (a.x.data && row < a.given) {
+            a.x.load(row, column, count, piece);
+        } else {  // padding points one past the end
+#pragma unroll
+            for (int k = 0; k < PIECE; ++k) piece[k] = a.x.data ? W(0) : W(1);
+        }
+#pragma unroll
+        for (int k = 0; k < PIECE; ++k) sums[k] += rounded_to(a.operand, piece[k]) * c;
+    }
+    W before[PIECE];
+    a.out.load(y, column, count, before);
+#pragma unroll
+    for (int k = 0; k < PIECE; ++k) before[k] += sums[k];
+    a.out.store(y, column, count, before);
+}
+
+}  // namespace
+
+void add_rows(Device on, Array out, Array column, Array order, Array coef, Array x, Array index,
+              int64_t count, int64_t given, int64_t columns, int64_t hidden, int64_t out_stride,
+              int64_t out_step, int64_t x_stride, int64_t x_step, Type operand) {
+    const int64_t pieces = divided(hidden, PIECE);
+    const int threads = static_cast<int>(pieces < THREADS ? divided(pieces, WARP) * WARP : THREADS);
+    const int64_t parts = divided(pieces, threads);
+    with_work("add_rows", out.type, [&](auto w) {
+        using W = typename decltype(w)::type;
+        const AddRows<W> a{Matrix(out, out_stride, out_step),
+                           as<int64_t>(column),
+                           as<int64_t>(order),
+                           coef,
+                           Matrix(x, x_stride, x_step),
+                           as<int64_t>(index),
+                           count,
+                           given,
+                           columns,
+                           hidden,
+                           static_cast<int>(parts),
+                           operand};
+        launch("add_rows", on, count * parts, threads, add_rows_kernel<W>, a);
+    });
+}
+
+}  // namespace fused_align

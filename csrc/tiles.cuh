@@ -1,0 +1,117 @@
+// How blocks of threads share out a tile of logits [r, v].
+
+#pragma once
+
+#include "reduce.cuh"
+
+namespace fused_align {
+
+/// A row is gone over by a team of `warps` warps; or it is cut into strips, with a whole block for each.
+struct Share {
+    int64_t rows;
+    int cols, warps, strips;
+
+    /// Teams of one warp for short rows, which then are several in a block, up to a whole block's warps.
+    Share(int64_t rows, int64_t cols, int64_t strips = 1)
+        : rows(rows), cols(static_cast<int>(cols)), warps(THREADS / WARP), strips(static_cast<int>(strips)) {
+        if (cols > std::numeric_limits<int32_t>::max() - THREADS * PIECE * 2)
+            throw std::invalid_argument("a tile has fewer than 2^31 columns; got " + std::to_string(cols) +
+                                        ".");
+        constexpr int64_t STEPS = 4;  // pieces per thread that a team is worth
+        while (strips == 1 && warps > 1 && cols <= (warps / 2) * WARP * PIECE * STEPS) warps /= 2;
+    }
+
+    int64_t blocks() const { return divided(rows, THREADS / WARP / warps) * strips; }
+};
+
+/// What this thread has to do with it.
+struct Strip {
+    int64_t row;
+    int first, stop;    // columns
+    int number;         // among the strips of the row
+    int lane, lanes;    // in the team
+    bool here, leader;  // whether there is such a row; whether this thread writes what the team found
+
+    __device__ explicit Strip(const Share& share) {
+        const int team = threadIdx.x / (share.warps * WARP), teams = THREADS / WARP / share.warps;
+        lanes = share.warps * WARP;
+        lane = threadIdx.x % lanes;
+        row = static_cast<int64_t>(blockIdx.x / share.strips) * teams + team;
+        number = blockIdx.x % share.strips;
+        const int width = ((share.cols + share.strips - 1) / share.strips + PIECE - 1) / PIECE * PIECE;
+        here = row < share.rows;
+        leader = here && lane == 0;
+        first = min(number * width, share.cols);
+        stop = here ? min(first + width, share.cols) : first;
+    }
+
+    /// body(column, piece, low, high) for every piece of the row that begins at `from`: elements low to high
+    /// of the piece are columns of the strip, element 0 stands at `column`. Pieces begin at multiples of 16
+    /// bytes wherever the row does, and each is loaded before the one ahead of it is used.
+    template <typename W, typename T, typename Body>
+    __device__ __forceinline__ void for_pieces(const T* from, Body body) const {
+        constexpr int EACH = 16 / sizeof(T);
+        const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(from) / sizeof(T) % EACH);
+        const int step = lanes * PIECE;
+        int column = first - (first + skew) % EACH + lane * PIECE;
+        if (column >= stop) return;
+        Piece<T> ahead = piece_at(from, column);
+        while (true) {
+            W piece[PIECE];
+            ahead.widen(piece);
+            const int next = column + step;
+            if (next < stop) ahead = piece_at(from, next);
+            body(column, piece, max(first - column, 0), min(stop - column, PIECE));
+            if (next >= stop) return;
+            column = next;
+        }
+    }
+
+private:
+    template <typename T>
+    __device__ __forceinline__ Piece<T> piece_at(const T* from, int column) const {
+        const int low = max(first - column, 0), high = min(stop - column, PIECE);
+        return low == 0 && high == PIECE ? Piece<T>(from + column) : Piece<T>(from + column, low, high);
+    }
+};
+
+/// Sets what lies outside of low to high to 0: a branch that few threads take, not a test of each element.
+template <typename W>
+__device__ __forceinline__ void only_inside(W (&x)[PIECE], int low, int high) {
+    if (low == 0 && high == PIECE) return;
+#pragma unroll
+    for (int k = 0; k < PIECE; ++k)
+        if (k < low || k >= high) x[k] = 0;
+}
+
+/// Sets element `at` to 0, if it is one of them.
+template <typename W>
+__device__ __forceinline__ void without(W (&x)[PIECE], int at) {
+    if (static_cast<unsigned>(at) >= PIECE) return;
+#pragma unroll
+    for (int k = 0; k < PIECE; ++k)
+        if (k == at) x[k] = 0;
+}
+
+/// Adds a vector's elements that stand at the piece's columns. (No 16-byte loads: it is in the L1 cache, and
+/// may begin anywhere.)
+template <typename W>
+__device__ __forceinline__ void add_columns(W (&x)[PIECE], const W* vector, int column, int low, int high) {
+#pragma unroll
+    for (int k = 0; k < PIECE; ++k)
+        if (k >= low && k < high) x[k] += vector[column + k];
+}
+
+/// Writes elements low to high of a piece to `to`, where element 0 goes.
+template <typename T, typename W>
+__device__ __forceinline__ void write_piece(T* to, const W (&x)[PIECE], int low, int high) {
+    if (low == 0 && high == PIECE && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+        store_piece(to, x);
+    } else {
+#pragma unroll
+        for (int k = 0; k < PIECE; ++k)
+            if (k >= low && k < high) to[k] = rounded<T>(x[k]);
+    }
+}
+
+}  // namespace fused_align

@@ -1,0 +1,71 @@
+"""The steps as CUDA C++ kernels of csrc/, compiled when the package was installed.
+
+Importing this does not load the compiled module; asking whether it is usable does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from types import ModuleType
+
+import torch
+
+OLDEST = 8  # compute capability
+MODULE = "fused_align._cuda"
+
+
+@cache
+def built() -> ModuleType | str:
+    """The compiled module, or a sentence why there is none.
+
+    It has a launch function for every kernel, `device`, the kind of device whose tensors it takes, and `archs`,
+    what it was compiled for: "80 90a 100 +PTX".
+    """
+    if importlib.util.find_spec(MODULE) is None:
+        return (
+            "its module was not built: that takes nvcc when the package is installed (FUSED_ALIGN_CUDA=1 pip "
+            "install . says what is missing)"
+        )
+    try:
+        return importlib.import_module(MODULE)
+    except ImportError as error:  # built for another system, say
+        return f"its module is there and cannot be loaded: {error}"
+
+
+def why_not(device: torch.device) -> str | None:
+    """None where the module can run, else the reason: it was built, for this GPU."""
+    module = built()
+    if isinstance(module, str):
+        return module
+    if device.type != module.device:
+        return f"its kernels need tensors on {module.device}, and these are on {device}"
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is not None:
+        return "its kernels need an NVIDIA GPU"
+    found = torch.cuda.get_device_properties(device)  # (a constant to torch.compile)
+    if found.major < OLDEST:
+        return f"it needs compute capability {OLDEST}.0; this GPU has {found.major}.{found.minor}"
+    if not _has_code(module.archs, found.major, found.minor):
+        return (
+            f"its module was built for {module.archs}, and this GPU is {found.major}{found.minor} (install "
+            f"with FUSED_ALIGN_CUDA_ARCHS={found.major}{found.minor})"
+        )
+    return None
+
+
+def _has_code(archs: str, major: int, minor: int) -> bool:
+    """Whether code for some of `archs` runs on a GPU of this compute capability.
+
+    That of 8.0 runs on 8.6, that of 9.0a on 9.0 alone; PTX, of the newest without an a, on all later ones.
+    """
+    *targets, last = archs.split()
+    ptx = last == "+PTX"
+    if not ptx:
+        targets.append(last)
+    plain = [divmod(int(arch), 10) for arch in targets if arch.isdigit()]
+    exact = [divmod(int(arch[:-1]), 10) for arch in targets if not arch.isdigit()]
+    runs = any(own_major == major and own_minor <= minor for own_major, own_minor in plain)
+    return runs or (major, minor) in exact or (ptx and bool(plain) and max(plain) <= (major, minor))

@@ -1,0 +1,42 @@
+"""The backends whose steps are kernels, and how a test runs on one.
+
+On a CPU Triton's interpreter runs those of triton (conftest.py asks for it), and `emulated` those of cuda.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import emulated
+import pytest
+import torch
+
+from fused_align import backends
+from fused_align.backends import cuda_
+
+BACKENDS = ("triton", "cuda")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+
+
+def why_not(name: str, device: torch.device = DEVICE) -> str | None:
+    """A sentence if tests of a backend can't run here."""
+    if name == "cuda" and device.type == "cpu":
+        return emulated.why_not()
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return dict(backends.table(device))[name]
+
+
+def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes it what "auto" takes."""
+    device = torch.get_default_device()
+    reason = why_not(name, device)
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("FUSED_ALIGN_BACKEND", name)
+    if name == "cuda" and device.type == "cpu":
+        monkeypatch.setitem(sys.modules, cuda_.MODULE, emulated.load())
+        monkeypatch.setattr(cuda_, "built", cuda_.built.__wrapped__)  # which keeps what it found
