@@ -225,8 +225,9 @@ void with_work(const char* kernel, Type type, Body body) {
                                 ".");
 }
 
-template <typename T>
+template <typename Element>
 constexpr Type type_of() {
+    using T = std::remove_const_t<Element>;
     if (std::is_same_v<T, double>) return Type::float64;
     if (std::is_same_v<T, float>) return Type::float32;
     if (std::is_same_v<T, bfloat16>) return Type::bfloat16;

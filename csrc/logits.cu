@@ -1,9 +1,12 @@
 // Statistics of logits that exist already, and their gradient. The arithmetic stands in online.cuh.
 //
-// Rows begin anywhere in memory (V may be odd), and 16-byte loads at multiples of 16 only. The forward gives
-// columns to threads by their number and not by their address, so that the sums of a row have the same order,
-// and bits, wherever it lies: where the two disagree a thread loads both aligned vectors that its own lies in,
-// the second from the L1 cache, and shifts. The backward sums nothing, so it follows the addresses that it writes.
+// Rows begin anywhere in memory (V may be odd), and loads of 16 bytes at multiples of 16 only. The forward
+// gives columns to threads by their number and not by their address, so that the sums of a row have the same
+// order, and the same bits, wherever it lies: where the two disagree a thread loads both vectors that its own
+// lies in, the second from the L1 cache, and shifts. The backward sums nothing, so it follows the addresses
+// that it writes.
+
+#include <cstring>
 
 #include "online.cuh"
 #include "reduce.cuh"
@@ -30,18 +33,26 @@ using Work = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename Body>
 void with_logits(const char* kernel, Type type, Body body) {
     switch (type) {
-        case Type::float64: return body(Tag<double>{});
-        case Type::float32: return body(Tag<float>{});
-        case Type::bfloat16: return body(Tag<bfloat16>{});
-        case Type::float16: return body(Tag<float16>{});
-        default: throw std::invalid_argument(std::string(kernel) + ": logits are float64, float32, bfloat16 or float16; got " +
-                                             name_of(type) + ".");
+        case Type::float64:
+            return body(Tag<double>{});
+        case Type::float32:
+            return body(Tag<float>{});
+        case Type::bfloat16:
+            return body(Tag<bfloat16>{});
+        case Type::float16:
+            return body(Tag<float16>{});
+        default:
+            throw std::invalid_argument(std::string(kernel) +
+                                        ": logits are float64, float32, bfloat16 or float16; got " +
+                                        name_of(type) + ".");
     }
 }
 
 // ---- a row, in vectors -----------------------------------------------------------------------------------
 
-HOST_DEVICE int beyond_16(const void* address) { return static_cast<int>(reinterpret_cast<uintptr_t>(address) % 16); }
+HOST_DEVICE int beyond_16(const void* address) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(address) % 16);
+}
 
 HOST_DEVICE uint32_t funnel(uint32_t low, uint32_t high, int bits) {
 #ifdef __CUDA_ARCH__
@@ -51,25 +62,35 @@ HOST_DEVICE uint32_t funnel(uint32_t low, uint32_t high, int bits) {
 #endif
 }
 
-/// 16 of the 32 bytes of two vectors, from byte `shift` on. By value: memcpy of what is in memory would go by bytes.
+/// 16 bytes in registers. Not as elements: those of 16 bits would each take a register across a branch.
+struct Words {
+    uint32_t w[4];
+};
+
 template <typename T>
-HOST_DEVICE Vector<T> shifted(Vector<T> low, Vector<T> high, int shift) {
+HOST_DEVICE Words words(Vector<T> v) {
+    Words out;
+    memcpy(&out, &v, 16);
+    return out;
+}
+
+/// 16 of the 32 bytes of both, from byte `shift` on, a multiple of the size of an element.
+template <int SIZE>
+HOST_DEVICE Words shifted(Words low, Words high, int shift) {
     uint32_t w[8];
-    memcpy(w, &low, 16);
-    memcpy(w + 4, &high, 16);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) w[i] = low.w[i], w[i + 4] = high.w[i];
 #pragma unroll
     for (int i = 0; i < 6; ++i) w[i] = shift & 8 ? w[i + 2] : w[i];
-    if constexpr (sizeof(T) <= 4) {
+    if constexpr (SIZE <= 4) {
 #pragma unroll
         for (int i = 0; i < 5; ++i) w[i] = shift & 4 ? w[i + 1] : w[i];
     }
-    if constexpr (sizeof(T) <= 2) {
+    if constexpr (SIZE <= 2) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) w[i] = funnel(w[i], w[i + 1], (shift & 2) * 8);
     }
-    Vector<T> out;
-    memcpy(&out, w, 16);
-    return out;
+    return {{w[0], w[1], w[2], w[3]}};
 }
 
 /// Row of logits, of which a thread takes vectors at columns `step` apart.
@@ -98,52 +119,58 @@ struct Row {
     template <typename W>
     HOST_DEVICE void load(int first, int step, int end, W (&z)[COUNT][EACH]) const {
         const int last = first + (COUNT - 1) * step;
-        Vector<T> v[COUNT];
+        Words v[COUNT];
         if (last + EACH <= end && holds(first, last)) {
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i) v[i] = *aligned(first + i * step);
+            for (int i = 0; i < COUNT; ++i) v[i] = words(*aligned(first + i * step));
             if (shift != 0) {
-                Vector<T> next[COUNT];
+                Words next[COUNT];
 #pragma unroll
-                for (int i = 0; i < COUNT; ++i) next[i] = aligned(first + i * step)[1];
+                for (int i = 0; i < COUNT; ++i) next[i] = words(aligned(first + i * step)[1]);
 #pragma unroll
-                for (int i = 0; i < COUNT; ++i) v[i] = shifted(v[i], next[i], shift);
+                for (int i = 0; i < COUNT; ++i) v[i] = shifted<sizeof(T)>(v[i], next[i], shift);
             }
         } else {
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) v[i] = at_edge(first + i * step, end);
         }
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i)
+        for (int i = 0; i < COUNT; ++i) {
+            Vector<T> elements;
+            memcpy(&elements, &v[i], 16);
 #pragma unroll
-            for (int k = 0; k < EACH; ++k) z[i][k] = widened<W>(v[i].x[k]);
+            for (int k = 0; k < EACH; ++k) z[i][k] = widened<W>(elements.x[k]);
+        }
     }
 
 private:
-    HOST_DEVICE Vector<T> at_edge(int column, int end) const {
-        Vector<T> v;
+    HOST_DEVICE Words at_edge(int column, int end) const {
         if (column + EACH <= end && holds(column, column)) {
             const Vector<T>* from = aligned(column);
-            v = from[0];
-            if (shift != 0) v = shifted(v, from[1], shift);
-        } else {
-#pragma unroll
-            for (int k = 0; k < EACH; ++k) v.x[k] = column + k < end ? at[column + k] : rounded<T>(-INFINITY);
+            const Words v = words(from[0]);
+            return shift == 0 ? v : shifted<sizeof(T)>(v, words(from[1]), shift);
         }
-        return v;
+        Vector<T> v;
+#pragma unroll
+        for (int k = 0; k < EACH; ++k) v.x[k] = column + k < end ? at[column + k] : rounded<T>(-INFINITY);
+        return words(v);
     }
 };
 
-/// How the columns of a row are divided. By V alone: a row's result does not depend on how many others there are.
+/// How the columns of a row are divided. By V alone: a row's result does not depend on how many others there
+/// are.
 struct Division {
     int warps;  // of a team, which takes a row, or a part of one
     int parts;  // blocks that share a row
     int span;   // columns of a part, a multiple of what its block loads at once
 
-    Division(const char* kernel, int64_t vocab, int64_t parts_wanted, int once) {  // columns that a block loads at once
+    /// once: columns that a block loads at once.
+    Division(const char* kernel, int64_t vocab, int64_t parts_wanted, int once) {
         if (vocab < 1 || vocab > (1 << 30))
-            throw std::invalid_argument(std::string(kernel) + ": a row has 1 to 2^30 logits; got " + std::to_string(vocab) + ".");
-        warps = parts_wanted > 1 ? THREADS / WARP : vocab <= 2048 ? 1 : vocab <= 4096 ? 2 : vocab <= 8192 ? 4 : THREADS / WARP;
+            throw std::invalid_argument(std::string(kernel) + ": a row has 1 to 2^30 logits; got " +
+                                        std::to_string(vocab) + ".");
+        const int wanted = vocab <= 2048 ? 1 : vocab <= 4096 ? 2 : vocab <= 8192 ? 4 : THREADS / WARP;
+        warps = parts_wanted > 1 ? THREADS / WARP : wanted;
         span = static_cast<int>(divided(divided(vocab, parts_wanted), once) * once);
         parts = static_cast<int>(parts_wanted);  // the last may be empty
     }
@@ -151,7 +178,10 @@ struct Division {
     int64_t blocks(int64_t rows) const { return divided(rows, THREADS / WARP / warps) * parts; }
 
     /// Row, part, and the thread's number in its team, which has warps * WARP.
-    __device__ int64_t row() const { return blockIdx.x / parts * (THREADS / WARP / warps) + threadIdx.x / (warps * WARP); }
+    __device__ int64_t row() const {
+        return static_cast<int64_t>(blockIdx.x / parts) * (THREADS / WARP / warps) +
+               threadIdx.x / (warps * WARP);
+    }
     __device__ int part() const { return blockIdx.x % parts; }
     __device__ int begin() const { return part() * span; }
     __device__ int end(int vocab) const { return vocab - begin() < span ? vocab : begin() + span; }
@@ -177,38 +207,37 @@ __device__ __forceinline__ Online<W> over_team(Online<W> seen, int warps, W scal
     if (threadIdx.x % WARP == 0) of_warp[warp] = seen;
     __syncthreads();
     if (threadIdx.x % (warps * WARP) == 0)
-        for (int other = 1; other < warps; ++other) seen = merged<ENTROPY>(seen, of_warp[warp + other], scale);
+        for (int other = 1; other < warps; ++other)
+            seen = merged<ENTROPY>(seen, of_warp[warp + other], scale);
     return seen;
 }
 
-/// Reads live rows once, and nothing of the others; writes 4 or 5 numbers per row. A thread has 64 bytes in flight
-/// and at most 64 registers: 4 blocks, 1024 threads and 64 KB in flight per multiprocessor, twice what the latency of
-/// an H200's memory times its bandwidth asks for.
+/// Reads rows * vocab elements once, ignored rows not at all, and writes 4 or 5 numbers per row. Of 16-bit
+/// logits a thread does some 8 instructions per element (10 with the entropy, 2 more where rows begin between
+/// multiples of 16 bytes) and has 64 bytes in flight. At most 80 registers: 3 blocks, 768 threads and 48 KB
+/// in flight per multiprocessor, where the latency of an H200's memory times its bandwidth asks for about 25.
 template <typename T, bool ENTROPY>
-__global__ void __launch_bounds__(THREADS, 3) stats_kernel(
-    const T* __restrict__ logits,  // [rows, vocab]
-    const int64_t* __restrict__ target,  // [rows]
-    Array inverse,  // [rows] | none, 1 / temperature
-    Work<T>* __restrict__ logp,     // [rows] out
-    Work<T>* __restrict__ lse,      // [rows] out
-    Work<T>* __restrict__ entropy,  // [rows] out
-    Work<T>* __restrict__ largest,  // [rows] out
-    Work<T>* __restrict__ total,    // [rows] out
-    Online<Work<T>>* partial,  // [rows, parts], where there is more than one
-    int* arrived,              // [rows], 0
-    double scalar,
-    Division by,
-    int64_t rows,
-    int vocab,
-    int64_t stride
-) {
+__global__ void __launch_bounds__(THREADS, 3)
+    stats_kernel(const T* __restrict__ logits,        // [rows, vocab]
+                 const int64_t* __restrict__ target,  // [rows]
+                 Array inverse,                       // [rows] | none, 1 / temperature
+                 Work<T>* __restrict__ logp,          // [rows] out
+                 Work<T>* __restrict__ lse,           // [rows] out
+                 Work<T>* __restrict__ entropy,       // [rows] out
+                 Work<T>* __restrict__ largest,       // [rows] out
+                 Work<T>* __restrict__ total,         // [rows] out
+                 Online<Work<T>>* partial,            // [rows, parts], where there is more than one
+                 int* arrived,                        // [rows], 0
+                 double scalar, Division by, int64_t rows, int vocab, int64_t stride) {
     using W = Work<T>;
     constexpr int EACH = Vector<T>::EACH, COUNT = VECTORS<T>;
     const int64_t row = by.row();
     const int64_t y = row < rows ? target[row] : IGNORE_INDEX;
     const bool live = y != IGNORE_INDEX;
     const int own = live && y >= 0 && y < vocab ? static_cast<int>(y) : -1;
-    const auto temperature = [&] { return live && inverse.data != nullptr ? element<double>(inverse, row) : scalar; };
+    const auto temperature = [&] {
+        return live && inverse.data != nullptr ? element<double>(inverse, row) : scalar;
+    };
     const W scale = static_cast<W>(temperature() * LOG2E);
     const T* from = logits + row * stride;
 
@@ -258,26 +287,23 @@ __global__ void __launch_bounds__(THREADS, 3) stats_kernel(
 
 // ---- backward --------------------------------------------------------------------------------------------
 
-/// Reads rows with a coefficient once and writes all once; a block's first threads find the coefficients of its rows in
-/// double. At most 64 registers: 4 blocks, 1024 threads and 64 KB in flight per multiprocessor.
+/// Reads rows with a coefficient once, others not at all, and writes all: 2 * rows * vocab elements moved. A
+/// team's first thread finds the coefficients of its row in double. Of 16-bit logits 10 instructions per
+/// element; at most 80 registers: 3 blocks, 768 threads and 48 KB in flight per multiprocessor.
 template <typename T, bool ENTROPY>
-__global__ void __launch_bounds__(THREADS, 3) gradient_kernel(
-    Array dlogp, Array dlse, Array dentropy,  // [rows]; the last two | none
-    const T* logits,                          // [rows, vocab]
-    const int64_t* __restrict__ target,       // [rows]
-    const Work<T>* __restrict__ logp,         // [rows]
-    const Work<T>* __restrict__ entropy,      // [rows]
-    const Work<T>* __restrict__ largest,      // [rows]
-    const Work<T>* __restrict__ total,        // [rows]
-    Array inverse,                            // [rows] | none
-    T* out,                                   // [rows, vocab] out; may be logits
-    double scalar,
-    Division by,
-    int64_t rows,
-    int vocab,
-    int64_t stride,  // of a row of logits
-    int64_t out_stride
-) {
+__global__ void __launch_bounds__(THREADS, 3)
+    gradient_kernel(Array dlogp, Array dlse, Array dentropy,  // [rows]; the last two | none
+                    const T* logits,                          // [rows, vocab]
+                    const int64_t* __restrict__ target,       // [rows]
+                    const Work<T>* __restrict__ logp,         // [rows]
+                    const Work<T>* __restrict__ entropy,      // [rows]
+                    const Work<T>* __restrict__ largest,      // [rows]
+                    const Work<T>* __restrict__ total,        // [rows]
+                    Array inverse,                            // [rows] | none
+                    T* out,                                   // [rows, vocab] out; may be logits
+                    double scalar, Division by, int64_t rows, int vocab,
+                    int64_t stride,  // of a row of logits
+                    int64_t out_stride) {
     using W = Work<T>;
     constexpr int EACH = Vector<T>::EACH, COUNT = VECTORS<T>;
     __shared__ RowSlope<W> slope_of[THREADS / WARP];
@@ -347,31 +373,33 @@ __global__ void __launch_bounds__(THREADS, 3) gradient_kernel(
 
 // ---- launches --------------------------------------------------------------------------------------------
 
-void logit_stats(Device on, Array logits, Array target, Array inverse, Array logp, Array lse, Array entropy, Array largest,
-                 Array total, Array partial, Array arrived, double scalar, int64_t rows, int64_t vocab, int64_t stride,
-                 int64_t parts) {
+void logit_stats(Device on, Array logits, Array target, Array inverse, Array logp, Array lse, Array entropy,
+                 Array largest, Array total, Array partial, Array arrived, double scalar, int64_t rows,
+                 int64_t vocab, int64_t stride, int64_t parts) {
     with_logits("logit_stats", logits.type, [&](auto tag) {
         using T = typename decltype(tag)::type;
         using W = Work<T>;
         const Division by("logit_stats", vocab, parts, THREADS * Vector<T>::EACH * VECTORS<T>);
         const auto kernel = entropy.data != nullptr ? stats_kernel<T, true> : stats_kernel<T, false>;
-        launch("logit_stats", on, by.blocks(rows), THREADS, kernel, as<const T>(logits), as<const int64_t>(target), inverse,
-               as<W>(logp), as<W>(lse), as<W>(entropy), as<W>(largest), as<W>(total), as<Online<W>>(partial), as<int>(arrived),
-               scalar, by, rows, static_cast<int>(vocab), stride);
+        launch("logit_stats", on, by.blocks(rows), THREADS, kernel, as<T>(logits), as<int64_t>(target),
+               inverse, as<W>(logp), as<W>(lse), as<W>(entropy), as<W>(largest), as<W>(total),
+               reinterpret_cast<Online<W>*>(as<W>(partial)), as<int>(arrived), scalar, by, rows,
+               static_cast<int>(vocab), stride);
     });
 }
 
-void logit_gradient(Device on, Array dlogp, Array dlse, Array dentropy, Array logits, Array target, Array logp, Array entropy,
-                    Array largest, Array total, Array inverse, Array out, double scalar, int64_t rows, int64_t vocab,
-                    int64_t stride, int64_t out_stride, int64_t parts) {
+void logit_gradient(Device on, Array dlogp, Array dlse, Array dentropy, Array logits, Array target,
+                    Array logp, Array entropy, Array largest, Array total, Array inverse, Array out,
+                    double scalar, int64_t rows, int64_t vocab, int64_t stride, int64_t out_stride,
+                    int64_t parts) {
     with_logits("logit_gradient", logits.type, [&](auto tag) {
         using T = typename decltype(tag)::type;
         using W = Work<T>;
         const Division by("logit_gradient", vocab, parts, THREADS * Vector<T>::EACH * VECTORS<T>);
         const auto kernel = dentropy.data != nullptr ? gradient_kernel<T, true> : gradient_kernel<T, false>;
-        launch("logit_gradient", on, by.blocks(rows), THREADS, kernel, dlogp, dlse, dentropy, as<const T>(logits),
-               as<const int64_t>(target), as<const W>(logp), as<const W>(entropy), as<const W>(largest), as<const W>(total),
-               inverse, as<T>(out), scalar, by, rows, static_cast<int>(vocab), stride, out_stride);
+        launch("logit_gradient", on, by.blocks(rows), THREADS, kernel, dlogp, dlse, dentropy, as<T>(logits),
+               as<int64_t>(target), as<W>(logp), as<W>(entropy), as<W>(largest), as<W>(total), inverse,
+               as<T>(out), scalar, by, rows, static_cast<int>(vocab), stride, out_stride);
     });
 }
 

@@ -1,12 +1,12 @@
 // What the fused loss kernels share: numbers in double, a sequence's tokens, and sums.
 //
-// A block walks over the tokens of its sequence or pair, in double: the sums keep their digits, and the arithmetic
-// costs little beside the loads. It walks again where a coefficient depends on a sum over the item. Nothing of size
-// [N] is written but the coefficients.
+// A block walks over the tokens of its sequence or pair, in double: the sums keep their digits, and the
+// arithmetic costs little beside the loads. It walks again where a coefficient depends on a sum over the
+// item. Nothing of size [N] is written but the coefficients.
 //
-// Sequence s is row s of [S, width] where there are no offsets, else positions offsets[s] to offsets[s+1]. Positions
-// whose target is ignored are never loaded from a column: what stands there cannot matter. Without a target every
-// position is live. Formulas, and where gradients stop, are those of fused_align/losses.
+// Sequence s is row s of [S, width] where there are no offsets, else positions offsets[s] to offsets[s+1].
+// Positions whose target is ignored are never loaded from a column: what stands there cannot matter. Without
+// a target every position is live. Formulas, and where gradients stop, are those of fused_align/losses.
 
 #pragma once
 
@@ -35,16 +35,20 @@ HOST_DEVICE int64_t integer(const Array& a, int64_t i) {
 /// Element i of a vector of any type.
 HOST_DEVICE double number(const Array& a, int64_t i) {
     switch (a.type) {
-        case Type::uint8: return data_of<const uint8_t>(a)[i];
+        case Type::uint8:
+            return data_of<const uint8_t>(a)[i];
         case Type::int32:
-        case Type::int64: return static_cast<double>(integer(a, i));
-        default: return element<double>(a, i);
+        case Type::int64:
+            return static_cast<double>(integer(a, i));
+        default:
+            return element<double>(a, i);
     }
 }
 
 /// The same, rounded to the type of the log-probs, in which the losses take every column.
-HOST_DEVICE double number_in(Type type, const Array& a, int64_t i) { return rounded_to(type, number(a, i)); }
-
+HOST_DEVICE double number_in(Type type, const Array& a, int64_t i) {
+    return rounded_to(type, number(a, i));
+}
 
 // ---- tokens --------------------------------------------------------------------------------------------
 
@@ -66,7 +70,8 @@ struct Clipped {
 };
 HOST_DEVICE Clipped clip(double log_ratio, double low, double high, bool humanline) {
     if (!humanline) return {log_ratio, true, true};
-    return {clamped(log_ratio, low, high), log_ratio >= low && log_ratio <= high, log_ratio > low && log_ratio < high};
+    return {clamped(log_ratio, low, high), log_ratio >= low && log_ratio <= high,
+            log_ratio > low && log_ratio < high};
 }
 
 /// Columns are loaded well before they are used, so they wait as they are where all are float32.
@@ -77,8 +82,8 @@ using Held = std::conditional_t<SINGLE, float, double>;
 template <bool SINGLE>
 constexpr int STEP = SINGLE ? 4 : 1;
 
-/// The next of a step's tokens comes to the front. Registers have no index, and the arithmetic of a token written
-/// out for each of them would not fit the cache of instructions.
+/// The next of a step's tokens comes to the front. Registers have no index, and the arithmetic of a token
+/// written out for each of them would not fit the cache of instructions.
 template <typename T, int COUNT>
 HOST_DEVICE void shift(T (&x)[COUNT]) {
 #pragma unroll
@@ -91,9 +96,11 @@ struct Places {
     int64_t at[STEP<SINGLE>];
     bool there[STEP<SINGLE>], live[STEP<SINGLE>];
 
-    /// place(i) is the position of the i-th of `size` tokens; this thread has `first`, and every lanes-th after it.
+    /// place(i) is the position of the i-th of `size` tokens; this thread has `first`, and every lanes-th
+    /// after it.
     template <typename Place>
-    __device__ __forceinline__ Places(const Array& target, int64_t first, int64_t lanes, int64_t size, Place place) {
+    __device__ __forceinline__ Places(const Array& target, int64_t first, int64_t lanes, int64_t size,
+                                      Place place) {
         int64_t word[STEP<SINGLE>];  // all are on their way before one is looked at
 #pragma unroll
         for (int k = 0; k < STEP<SINGLE>; ++k) {
@@ -107,9 +114,10 @@ struct Places {
         for (int k = 0; k < STEP<SINGLE>; ++k) live[k] = there[k] && word[k] != IGNORE_INDEX;
     }
 
-    /// A column's numbers of the live tokens; 0 elsewhere, and where there is no column. `type`: of the log-probs,
-    /// or Type::none for a column that is not rounded.
-    __device__ __forceinline__ void load(const Array& column, Type type, Held<SINGLE> (&out)[STEP<SINGLE>]) const {
+    /// A column's numbers of the live tokens; 0 elsewhere, and where there is no column. `type`: of the
+    /// log-probs, or Type::none for a column that is not rounded.
+    __device__ __forceinline__ void load(const Array& column, Type type,
+                                         Held<SINGLE> (&out)[STEP<SINGLE>]) const {
 #pragma unroll
         for (int k = 0; k < STEP<SINGLE>; ++k) {
             out[k] = 0;
@@ -143,10 +151,11 @@ struct Places {
 struct Team {
     int64_t lane, lanes;
 
-    /// token(places, columns) for each of this thread's tokens, which then stands in front; columns_at(places) loads
-    /// a step's.
+    /// token(places, columns) for each of this thread's tokens, which then stands in front;
+    /// columns_at(places) loads a step's.
     template <bool SINGLE, typename Place, typename ColumnsAt, typename Token>
-    __device__ __forceinline__ void walk(const Array& target, int64_t size, Place place, ColumnsAt columns_at, Token token) const {
+    __device__ __forceinline__ void walk(const Array& target, int64_t size, Place place, ColumnsAt columns_at,
+                                         Token token) const {
         for (int64_t first = lane; first < size; first += STEP<SINGLE> * lanes) {
             Places<SINGLE> places(target, first, lanes, size, place);
             auto columns = columns_at(places);
@@ -160,8 +169,8 @@ struct Team {
 
 using Scratch = double[MOST_SUMS][LOSS_THREADS];
 
-/// What the first `count` of a thread's numbers add up to over the block, in a fixed order; each thread gets all.
-/// Through shared memory, a warp per sum: shuffles of every warp for every sum would take longer.
+/// What the first `count` of a thread's numbers add up to over the block, in a fixed order; each thread gets
+/// all. Through shared memory, a warp per sum: shuffles of every warp for every sum would take longer.
 template <int K>
 __device__ __forceinline__ void sum_over_block(double (&x)[K], int count, Scratch& of_thread) {
     static_assert(K <= MOST_SUMS);
@@ -220,7 +229,8 @@ struct Results {
 
 // ---- launches ------------------------------------------------------------------------------------------
 
-/// Whether all columns that are there are float32, as they are in training: then their types are not looked at.
+/// Whether all columns that are there are float32, as they are in training: then their types are not looked
+/// at.
 inline bool all_single(std::initializer_list<Array> columns) {
     for (const Array& column : columns)
         if (column.data && column.type != Type::float32) return false;
@@ -229,10 +239,12 @@ inline bool all_single(std::initializer_list<Array> columns) {
 
 inline void check_loss(const char* kernel, const Array& logp, int count, bool metrics, int most) {
     if (logp.type != Type::float32 && logp.type != Type::float64)
-        throw std::invalid_argument(std::string(kernel) + ": logp is float32 or float64; got " + name_of(logp.type) + ".");
+        throw std::invalid_argument(std::string(kernel) + ": logp is float32 or float64; got " +
+                                    name_of(logp.type) + ".");
     if (count != (metrics ? most : 1))
-        throw std::invalid_argument(std::string(kernel) + ": K, the number of sums, is " + std::to_string(most) +
-                                    " with METRICS and 1 without; got " + std::to_string(count) + ".");
+        throw std::invalid_argument(std::string(kernel) + ": K, the number of sums, is " +
+                                    std::to_string(most) + " with METRICS and 1 without; got " +
+                                    std::to_string(count) + ".");
 }
 
 }  // namespace fused_align

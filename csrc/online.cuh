@@ -1,7 +1,7 @@
 // Statistics of a row of logits in one read, and its gradient: fused_align/backends/torch_logits.py has the
 // formulas. logits.cu lays them out over threads.
 //
-// A reference is a logit as it stands in memory, before the temperature: (z - best) * scale is then right to its
+// A reference is a logit as it stands in memory, before the temperature: (z - best) * scale is right to its
 // last digits however large the two are, where z * scale - best * scale in one fused step would be off by the
 // rounding of best * scale. scale is log2(e) / temperature: exponents are base 2.
 
@@ -26,11 +26,15 @@ struct Online {
 };
 
 template <typename W>
-HOST_DEVICE Online<W> nothing_seen() { return {LOWEST<W>, W(0), W(0)}; }
+HOST_DEVICE Online<W> nothing_seen() {
+    return {LOWEST<W>, W(0), W(0)};
+}
 
 /// The larger of the two; NaN is passed over. It comes through by the sums.
 template <typename W>
-HOST_DEVICE W larger(W a, W b) { return static_cast<W>(fmax(a, b)); }
+HOST_DEVICE W larger(W a, W b) {
+    return static_cast<W>(fmax(a, b));
+}
 
 /// As a factor of a power of two: an exponent of -inf, and 0, would be NaN.
 template <typename W>
@@ -47,33 +51,34 @@ HOST_DEVICE Online<W> against(const Online<W>& seen, W best, W scale) {
 }
 
 /// Adds the logits z: one maximum of all, and one change of the reference. -inf adds nothing.
-template <bool ENTROPY, int VECTORS, int EACH, typename W>
-HOST_DEVICE void see(Online<W>& seen, const W (&z)[VECTORS][EACH], W scale) {
+template <bool ENTROPY, int COUNT, int EACH, typename W>
+HOST_DEVICE void see(Online<W>& seen, const W (&z)[COUNT][EACH], W scale) {
     W best = seen.best;
 #pragma unroll
-    for (int i = 0; i < VECTORS; ++i)
+    for (int i = 0; i < COUNT; ++i)
 #pragma unroll
         for (int k = 0; k < EACH; ++k) best = larger(best, z[i][k]);
     seen = against<ENTROPY>(seen, best, scale);
 #pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
+    for (int i = 0; i < COUNT; ++i) {
         W others = W(0), moment = W(0);
 #pragma unroll
         for (int k = 0; k < EACH; ++k) {
             const W x = (z[i][k] - best) * scale, e = power_of_two(x);
-            others += e;
-            if constexpr (ENTROPY) moment += e * as_factor(x);
+            others = k == 0 ? e : others + e;
+            if constexpr (ENTROPY) moment = k == 0 ? e * as_factor(x) : moment + e * as_factor(x);
         }
         seen.others += others;
         if constexpr (ENTROPY) seen.moment += moment;
     }
 }
 
-/// Both together; the same bits in either order.
+/// Both together; the same bits in either order. Values are picked and not addresses, which would need a
+/// stack.
 template <bool ENTROPY, typename W>
 HOST_DEVICE Online<W> merged(const Online<W>& a, const Online<W>& b, W scale) {
     const W best = larger(a.best, b.best);
-    const bool first = a.best == best;  // the other changes its reference; by values: addresses would need a stack
+    const bool first = a.best == best;  // the other's sums change their reference
     const Online<W> one = {first ? b.best : a.best, first ? b.others : a.others, first ? b.moment : a.moment};
     const Online<W> low = against<ENTROPY>(one, best, scale);
     return {best, (first ? a.others : b.others) + low.others, (first ? a.moment : b.moment) + low.moment};
@@ -88,13 +93,11 @@ struct RowStats {
 };
 
 template <typename W>
-HOST_DEVICE RowStats<W> statistics(
-    const Online<W>& seen,
-    bool inside,         // whether the target lies in [0, V)
-    W z_y,               // the target's logit, -inf where there is none
-    double temperature,  // its inverse
-    bool entropy
-) {
+HOST_DEVICE RowStats<W> statistics(const Online<W>& seen,
+                                   bool inside,         // whether the target lies in [0, V)
+                                   W z_y,               // the target's logit, -inf where there is none
+                                   double temperature,  // its inverse
+                                   bool entropy) {
     const W top = larger(seen.best, z_y);
     const double gap = (static_cast<double>(z_y) - top) * temperature;
     const double apart = (static_cast<double>(seen.best) - top) * temperature, e = exp(apart);
@@ -119,13 +122,11 @@ struct RowSlope {
 };
 
 template <typename W>
-HOST_DEVICE RowSlope<W> slopes(
-    double c, double l, double h,  // coefficients of logp, lse and entropy
-    double logp,
-    double entropy,  // read iff h != 0
-    W largest,
-    double total,
-    double temperature  // its inverse
+HOST_DEVICE RowSlope<W> slopes(double c, double l, double h,  // coefficients of logp, lse and entropy
+                               double logp,
+                               double entropy,  // read iff h != 0
+                               W largest, double total,
+                               double temperature  // its inverse
 ) {
     const double p_y = exp(logp);
     // from logp and not from 1 - e^(z_y - largest) / Z: a sure token keeps its digits

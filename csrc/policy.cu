@@ -1,4 +1,5 @@
-// The policy-gradient losses in one launch: rho -> surrogate, sampler's correction, KL -> loss, coefficients, metrics.
+// The policy-gradient losses in one launch: rho -> surrogate, sampler's correction, KL -> loss, coefficients,
+// metrics.
 
 #include "policy.cuh"
 
@@ -16,18 +17,19 @@ struct PolicyLoss {
     Array offsets;       // [S+1] | null
     Array lengths;       // [S] | null: a sequence's length is the number of its live tokens here
     const PolicyParams* params;
-    Array c;              // [N] out | null
-    Results out;          // sums: loss, live tokens, clipped low, clipped high, KL, strictly inside Humanline's bounds
+    Array c;  // [N] out | null
+    // sums: loss, live tokens, clipped low, clipped high, KL, strictly inside Humanline's bounds
+    Results out;
     int64_t width;
     unsigned pieces;  // programs of a sequence
     PolicyOptions options;
 };
 
-/// The columns of a step's tokens. Which of them a walk does not use are not loaded.
+/// The columns of a step's tokens. A walk that does not use one does not load it: the compiler sees to that.
 template <bool SINGLE>
 struct PolicyColumns {
-    Held<SINGLE> logp[STEP<SINGLE>], old[STEP<SINGLE>], ref[STEP<SINGLE>], sampler[STEP<SINGLE>], advantage[STEP<SINGLE>],
-        weight[STEP<SINGLE>];
+    Held<SINGLE> logp[STEP<SINGLE>], old[STEP<SINGLE>], ref[STEP<SINGLE>], sampler[STEP<SINGLE>],
+        advantage[STEP<SINGLE>], weight[STEP<SINGLE>];
     bool anchored, weighted, per_token;
 
     __device__ __forceinline__ PolicyColumns(const PolicyLoss& a, const Places<SINGLE>& places)
@@ -47,7 +49,9 @@ struct PolicyColumns {
                 per_token ? advantage[0] : shared};
     }
 
-    __device__ __forceinline__ double weighed(double factor) const { return weighted ? weight[0] * factor : factor; }
+    __device__ __forceinline__ double weighed(double factor) const {
+        return weighted ? weight[0] * factor : factor;
+    }
 
     __device__ __forceinline__ void next() {
         shift(logp);
@@ -74,8 +78,8 @@ struct WholeSequence {
 };
 
 template <bool SINGLE>
-__device__ __forceinline__ WholeSequence whole_sequence(const PolicyLoss& a, const PolicyParams& p, int64_t s, Span span,
-                                                        Scratch& scratch) {
+__device__ __forceinline__ WholeSequence whole_sequence(const PolicyLoss& a, const PolicyParams& p, int64_t s,
+                                                        Span span, Scratch& scratch) {
     const PolicyOptions& o = a.options;
     const Team block = {threadIdx.x, LOSS_THREADS};
     double length = static_cast<double>(span.size()), total = 0, away = 0;
@@ -85,7 +89,8 @@ __device__ __forceinline__ WholeSequence whole_sequence(const PolicyLoss& a, con
             if (!places.live[0]) return;
             const PolicyToken t = columns.token(0.0);
             sums[0] += 1.0;
-            sums[1] += clip(t.logp - t.old, p.clip_low, p.clip_high, o.humanline).value * columns.weighed(1.0);
+            sums[1] +=
+                clip(t.logp - t.old, p.clip_low, p.clip_high, o.humanline).value * columns.weighed(1.0);
             sums[2] += t.old - t.sampler;
         });
         sum_over_block(sums, 3, scratch);
@@ -95,7 +100,8 @@ __device__ __forceinline__ WholeSequence whole_sequence(const PolicyLoss& a, con
     } else if (o.per_length && a.target.data && !a.lengths.data) {
         double live[1] = {};
         const int64_t* target = data_of<const int64_t>(a.target);
-        for (int64_t at = span.begin + block.lane; at < span.end; at += block.lanes) live[0] += target[at] == IGNORE_INDEX ? 0.0 : 1.0;
+        for (int64_t at = span.begin + block.lane; at < span.end; at += block.lanes)
+            live[0] += target[at] == IGNORE_INDEX ? 0.0 : 1.0;
         sum_over_block(live, 1, scratch);
         length = live[0];
     }
@@ -107,14 +113,14 @@ __device__ __forceinline__ WholeSequence whole_sequence(const PolicyLoss& a, con
     return {{ratio.value, away}, ratio.slope / per, length};
 }
 
-/// A block per sequence, or per piece of one where no token depends on the others: then only its length is found
-/// by every block. One walk; two where the sequence has one ratio, three where that has a gradient. In the first each
-/// token costs 8 bytes of target, 4 of each column and 4 of c, 24 with a reference: 0.4 MB of 16384 tokens,
-/// little beside the latencies, for which a thread loads STEP tokens at once. 16-byte loads would need sequences that
-/// begin at multiples of 4. 512 threads with 128 registers: one block per SM, and there are fewer blocks than
-/// SMs.
+/// A block per sequence, or per piece of one where no token depends on the others: then only its length is
+/// found by every block. One walk; two where the sequence has one ratio, three where that has a gradient. In
+/// the first each token costs 8 bytes of target, 4 of each column and 4 of c, 24 with a reference: 0.4 MB of
+/// 16384 tokens, little beside the latencies, for which a thread loads STEP tokens at once. 16-byte loads
+/// would need sequences that begin at multiples of 4. 512 threads with 128 registers: one block per SM, and
+/// there are fewer blocks than SMs.
 template <bool SINGLE>
-__global__ void __launch_bounds__(LOSS_THREADS) policy_loss_kernel(const PolicyLoss a) {
+__global__ void __launch_bounds__(LOSS_THREADS, 1) policy_loss_kernel(const PolicyLoss a) {
     __shared__ Scratch scratch;
     const PolicyOptions& o = a.options;
     const PolicyParams p = *a.params;
@@ -122,7 +128,8 @@ __global__ void __launch_bounds__(LOSS_THREADS) policy_loss_kernel(const PolicyL
     const Team block = {threadIdx.x, LOSS_THREADS};
     const Span span = span_of(a.offsets, a.width, s);
     const WholeSequence whole = whole_sequence<SINGLE>(a, p, s, span, scratch);
-    const double share = 1.0 / (p.per * *data_of<double>(a.out.divisor)) / (o.per_length ? whole.length : 1.0);
+    const double share =
+        1.0 / (p.per * *data_of<double>(a.out.divisor)) / (o.per_length ? whole.length : 1.0);
     const double advantage = o.per_token ? 0.0 : number_in(a.logp.type, a.advantage, s);
 
     double loss = 0, kl = 0, pull = 0;
@@ -151,7 +158,8 @@ __global__ void __launch_bounds__(LOSS_THREADS) policy_loss_kernel(const PolicyL
     if (o.coupled && a.c.data) {
         pull = sums[6] * whole.slope;
         walk<SINGLE>(a, span, block, [&](const auto& places, const auto& columns) {
-            const double found = coupled_coefficient(columns.token(advantage), whole.shared, pull, share, o, p);
+            const double found =
+                coupled_coefficient(columns.token(advantage), whole.shared, pull, share, o, p);
             places.store(a.c, found * columns.weighed(1.0));
         });
     }
@@ -160,26 +168,45 @@ __global__ void __launch_bounds__(LOSS_THREADS) policy_loss_kernel(const PolicyL
 
 }  // namespace
 
-void policy_loss(Device on, Array logp, Array old, Array ref, Array sampler, Array advantage, Array token_weight, Array target,
-                 Array offsets, Array lengths, Array params, Array divisor, Array c, Array partials, Array counter, Array sums,
-                 int64_t width, int64_t programs, int kind, int ratio_of, int kl, bool penalised, bool corrected, int sampler_how,
-                 bool whole, bool coupled, bool per_length, bool per_token, bool humanline, bool metrics, int count,
+void policy_loss(Device on, Array logp, Array old, Array ref, Array sampler, Array advantage,
+                 Array token_weight, Array target, Array offsets, Array lengths, Array params, Array divisor,
+                 Array c, Array partials, Array counter, Array sums, int64_t width, int64_t programs,
+                 int kind, int ratio_of, int kl, bool penalised, bool corrected, int sampler_how, bool whole,
+                 bool coupled, bool per_length, bool per_token, bool humanline, bool metrics, int count,
                  int64_t pieces) {
     const char* name = "policy_loss";
-    const PolicyOptions options = {static_cast<Surrogate>(kind), static_cast<RatioOf>(ratio_of), static_cast<Penalty>(kl),
-                                   penalised, corrected, static_cast<Sampler>(sampler_how), whole, coupled, per_length,
-                                   per_token, humanline, metrics};
+    const auto surrogate = static_cast<Surrogate>(kind);
+    const auto how = static_cast<Sampler>(sampler_how);
+    const PolicyOptions options = {surrogate,
+                                   static_cast<RatioOf>(ratio_of),
+                                   static_cast<Penalty>(kl),
+                                   penalised,
+                                   corrected,
+                                   how,
+                                   whole,
+                                   coupled,
+                                   per_length,
+                                   per_token,
+                                   humanline,
+                                   metrics};
     check_loss(name, logp, count, metrics, 6);
     if (pieces < 1 || programs % pieces != 0 || (pieces > 1 && options.of_sequence()))
-        throw std::invalid_argument(std::string(name) + ": programs is the number of sequences times pieces, and pieces is 1 " +
-                                    "where a sequence has one ratio or one correction; got programs=" +
-                                    std::to_string(programs) + ", pieces=" + std::to_string(pieces) + ".");
-    const PolicyLoss a = {logp, old, ref, sampler, advantage, token_weight, target, offsets, lengths,
-                          data_of<const PolicyParams>(params), c,
-                          {divisor, partials, counter, sums, programs, count}, width,
-                          static_cast<unsigned>(pieces), options};
-    const bool single = all_single({logp, old, ref, sampler, per_token ? advantage : Array(), token_weight, c});
-    launch(name, on, programs, LOSS_THREADS, single ? policy_loss_kernel<true> : policy_loss_kernel<false>, a);
+        throw std::invalid_argument(
+            std::string(name) + ": programs is the number of sequences times pieces, and pieces is 1 " +
+            "where a sequence has one ratio or one correction; got programs=" + std::to_string(programs) +
+            ", pieces=" + std::to_string(pieces) + ".");
+    const PolicyLoss a = {logp,      old,
+                          ref,       sampler,
+                          advantage, token_weight,
+                          target,    offsets,
+                          lengths,   data_of<const PolicyParams>(params),
+                          c,         {divisor, partials, counter, sums, programs, count},
+                          width,     static_cast<unsigned>(pieces),
+                          options};
+    const bool single =
+        all_single({logp, old, ref, sampler, per_token ? advantage : Array(), token_weight, c});
+    launch(name, on, programs, LOSS_THREADS, single ? policy_loss_kernel<true> : policy_loss_kernel<false>,
+           a);
 }
 
 }  // namespace fused_align

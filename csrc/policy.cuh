@@ -8,7 +8,8 @@ namespace fused_align {
 
 // The numbers are those of fused_align/backends.
 enum class Surrogate : int { clipped, cispo, sapo, reinforce };
-/// What the ratio is the exponential of. mean_stopped is GSPO-token: the sequence's ratio, the token's gradient.
+/// What the ratio is the exponential of. mean_stopped is GSPO-token: the sequence's ratio, the token's
+/// gradient.
 enum class RatioOf : int { token, mean, mean_stopped, sum };
 enum class Penalty : int { none, k1, k2, k3 };
 enum class Sampler : int { none, truncate, mask };
@@ -16,14 +17,14 @@ enum class Sampler : int { none, truncate, mask };
 struct PolicyOptions {
     Surrogate kind;
     RatioOf ratio_of;
-    Penalty kl;         // of the penalty or of the metric
-    bool penalised;     // beta KL is added
-    bool corrected;     // and is beta rho KL
+    Penalty kl;      // of the penalty or of the metric
+    bool penalised;  // beta KL is added
+    bool corrected;  // and is beta rho KL
     Sampler sampler;
-    bool whole;         // the sampler's correction is the sequence's
-    bool coupled;       // the tokens' ratio is one, with a gradient to all of them
-    bool per_length;    // a sequence's tokens are divided by their number
-    bool per_token;     // the advantage is a token's
+    bool whole;       // the sampler's correction is the sequence's
+    bool coupled;     // the tokens' ratio is one, with a gradient to all of them
+    bool per_length;  // a sequence's tokens are divided by their number
+    bool per_token;   // the advantage is a token's
     bool humanline;
     bool metrics;
 
@@ -42,7 +43,9 @@ struct PolicyParams {
 };
 
 /// What stands in the columns for one token.
-struct PolicyToken { double logp, old, ref, sampler, advantage; };
+struct PolicyToken {
+    double logp, old, ref, sampler, advantage;
+};
 
 /// What the tokens of a sequence share.
 struct PolicySequence {
@@ -68,11 +71,12 @@ HOST_DEVICE Gain clipped_gain(double ratio, double advantage, const double (&own
     const double share = free == held ? 0.5 : free < held ? 1.0 : 0.0;
     const double by_free = ratio <= delta ? share : 0.0;
     const double by_held = ratio >= low && ratio <= high ? 1.0 - share : 0.0;
-    return {-(free < held ? free : held), -(by_free + by_held) * advantage, 0.0, ratio < low && advantage < 0.0,
-            ratio > high && advantage > 0.0};
+    const bool cut_low = ratio < low && advantage<0.0, cut_high = ratio> high && advantage > 0.0;
+    return {-(free < held ? free : held), -(by_free + by_held) * advantage, 0.0, cut_low, cut_high};
 }
 
-HOST_DEVICE Gain gain_of(double ratio, double log_ratio, const PolicyToken& t, Surrogate kind, const double (&own)[3]) {
+HOST_DEVICE Gain gain_of(double ratio, double log_ratio, const PolicyToken& t, Surrogate kind,
+                         const double (&own)[3]) {
     const double advantage = t.advantage;
     if (kind == Surrogate::clipped) return clipped_gain(ratio, advantage, own);
     if (kind == Surrogate::cispo) {  // own: eps_high, log eps_high
@@ -82,7 +86,8 @@ HOST_DEVICE Gain gain_of(double ratio, double log_ratio, const PolicyToken& t, S
     if (kind == Surrogate::sapo) {  // own: t_pos, t_neg
         const double temper = advantage > 0.0 ? own[0] : own[1], x = temper * (ratio - 1.0);
         const double e = exp(-fabs(x)), above = 1.0 / (1.0 + e), below = e * above;  // s(|x|), s(-|x|)
-        return {-4.0 / temper * (x >= 0.0 ? above : below) * advantage, -4.0 * above * below * advantage, 0.0, false, false};
+        return {-4.0 / temper * (x >= 0.0 ? above : below) * advantage, -4.0 * above * below * advantage, 0.0,
+                false, false};
     }
     return {-advantage * t.logp, 0.0, -advantage, false, false};
 }
@@ -139,10 +144,12 @@ struct PolicyTerm {
     bool low, high, inside;
 };
 
-HOST_DEVICE PolicyTerm policy_term(const PolicyToken& t, const PolicySequence& s, const PolicyOptions& o, const PolicyParams& p) {
+HOST_DEVICE PolicyTerm policy_term(const PolicyToken& t, const PolicySequence& s, const PolicyOptions& o,
+                                   const PolicyParams& p) {
     const Clipped log_ratio = clip(t.logp - t.old, p.clip_low, p.clip_high, o.humanline);
     FiniteExp ratio = {s.ratio, s.ratio};
-    if (o.ratio_of == RatioOf::token && (o.kind != Surrogate::reinforce || o.corrected)) ratio = finite_exp(log_ratio.value);
+    if (o.ratio_of == RatioOf::token && (o.kind != Surrogate::reinforce || o.corrected))
+        ratio = finite_exp(log_ratio.value);
     Gain gain = gain_of(ratio.value, log_ratio.value, t, o.kind, p.own);
     if (o.sampler != Sampler::none) {
         const double log = o.whole ? s.away : t.old - t.sampler;
@@ -155,13 +162,15 @@ HOST_DEVICE PolicyTerm policy_term(const PolicyToken& t, const PolicySequence& s
         gain.by_ratio += cost.by_ratio;
     }
     const double through = log_ratio.passes ? gain.by_ratio * ratio.slope + gain.beside : 0.0;
-    return {gain.value, through + (o.penalised ? cost.by_logp : 0.0), gain.by_ratio, cost.kl, gain.low, gain.high, log_ratio.inside};
+    const double by_logp = through + (o.penalised ? cost.by_logp : 0.0);
+    return {gain.value, by_logp, gain.by_ratio, cost.kl, gain.low, gain.high, log_ratio.inside};
 }
 
-/// The coefficient of a token, before its weight, whose sequence has one ratio: `pull` is dloss/d(log-ratio) of a token
-/// of weight 1, once all tokens have pulled at the ratio; `share` is what the loss gives each token.
-HOST_DEVICE double coupled_coefficient(const PolicyToken& t, const PolicySequence& s, double pull, double share,
-                                       const PolicyOptions& o, const PolicyParams& p) {
+/// The coefficient of a token, before its weight, whose sequence has one ratio: `pull` is dloss/d(log-ratio)
+/// of a token of weight 1, once all tokens have pulled at the ratio; `share` is what the loss gives each
+/// token.
+HOST_DEVICE double coupled_coefficient(const PolicyToken& t, const PolicySequence& s, double pull,
+                                       double share, const PolicyOptions& o, const PolicyParams& p) {
     const double found = clip(t.logp - t.old, p.clip_low, p.clip_high, o.humanline).passes ? pull : 0.0;
     return o.penalised ? found + share * cost_of(s.ratio, t, o, p).by_logp : found;
 }

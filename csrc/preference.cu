@@ -1,4 +1,5 @@
-// The losses on scores of whole sequences in one launch: their sums -> scores, loss, coefficients and metrics.
+// The losses on scores of whole sequences in one launch: their sums -> scores, loss, coefficients and
+// metrics.
 
 #include "preference.cuh"
 
@@ -68,8 +69,8 @@ struct SideSums {
 
 /// Sums of both sides; -> tokens strictly inside Humanline's bounds.
 template <bool SINGLE>
-__device__ __forceinline__ double read_sides(const Tokens& a, const Sides& sides, double low, double high, SideSums& first,
-                                             SideSums& second, Scratch& scratch) {
+__device__ __forceinline__ double read_sides(const Tokens& a, const Sides& sides, double low, double high,
+                                             SideSums& first, SideSums& second, Scratch& scratch) {
     double sums[7] = {};
     int count = 0, other = 0, inside = 0;
     walk<SINGLE>(a, sides, true, [&](const auto& places, const auto& columns) {
@@ -98,8 +99,8 @@ __device__ __forceinline__ double read_sides(const Tokens& a, const Sides& sides
 
 /// The coefficients of the tokens; by_first and by_second: dloss/d(weighted sum of the log-ratios).
 template <bool SINGLE>
-__device__ __forceinline__ void write_sides(const Tokens& a, const Sides& sides, double low, double high, double by_first,
-                                            double by_second) {
+__device__ __forceinline__ void write_sides(const Tokens& a, const Sides& sides, double low, double high,
+                                            double by_first, double by_second) {
     walk<SINGLE>(a, sides, a.humanline, [&](const auto& places, const auto& columns) {
         const bool passes = !a.humanline || clip(columns.log_ratio(), low, high, true).passes;
         const double by = sides.in_first(places.at[0]) ? by_first : by_second;
@@ -113,7 +114,8 @@ struct Pairs {
     Tokens tokens;
     Array margin;  // [P] | null
     const double* params;
-    Results out;  // sums: loss, live tokens, strictly inside; both sides' log-probs, and rewards; accuracies, margins
+    // sums: loss, live tokens, strictly inside; both sides' log-probs, and rewards; accuracies, margins
+    Results out;
     PairLoss kind;
     Score score;
     bool mean;
@@ -129,21 +131,29 @@ __device__ __forceinline__ PairTerm evaluate_pair(const Pairs& a, const PairPara
     const PairTerm term = pair_term(chosen.value, rejected.value, p.scale, weight, a.kind, p.own);
     const double share = 1.0 / *data_of<double>(a.out.divisor);
     const double reward = p.scale * chosen.value, other = p.scale * rejected.value;
-    const double own[] = {term.value * share, first.count + second.count, inside, first.logps, second.logps, reward, other,
-                          reward > other ? 1.0 : 0.0, reward - other};
+    const double own[] = {term.value * share,
+                          first.count + second.count,
+                          inside,
+                          first.logps,
+                          second.logps,
+                          reward,
+                          other,
+                          reward > other ? 1.0 : 0.0,
+                          reward - other};
     a.out.write(own);
     return {term.value, share * term.by_chosen * chosen.slope, share * term.by_rejected * rejected.slope};
 }
 
-/// A block per pair. Both sides are one walk, so that their lengths need not be alike; a second one writes the
-/// coefficients, and reads log-probs only where Humanline decides by them. Each token costs 8 bytes of target, 4 of
-/// each column and 4 of c, 20 with a reference; the second walk finds them in a cache. Loads set the time: a thread has
-/// STEP of them on their way, and 512 threads fill an SM that has one block, since there are fewer pairs than SMs.
+/// A block per pair. Both sides are one walk, so that their lengths need not be alike; a second one writes
+/// the coefficients, and reads log-probs only where Humanline decides by them. Each token costs 8 bytes of
+/// target, 4 of each column and 4 of c, 20 with a reference; the second walk finds them in a cache. Loads set
+/// the time: a thread has STEP of them on their way, and 512 threads fill an SM that has one block, since
+/// there are fewer pairs than SMs.
 template <bool SINGLE>
-__global__ void __launch_bounds__(LOSS_THREADS) preference_loss_kernel(const Pairs a) {
+__global__ void __launch_bounds__(LOSS_THREADS, 1) preference_loss_kernel(const Pairs a) {
     __shared__ Scratch scratch;
     __shared__ PairTerm term;
-    const PairParams& p = *reinterpret_cast<const PairParams*>(a.params);
+    const PairParams p = pair_params(a.params);
     const double low = p.clip_low, high = p.clip_high;
     const int64_t pair = blockIdx.x;
     const Sides sides = {span_of(a.tokens.offsets, a.tokens.width, pair),
@@ -163,25 +173,34 @@ struct Judged {
     Array desirable;  // [S] uint8
     Array kl;         // [] | null: 0
     const JudgedParams* params;
-    Results out;  // sums: loss, live tokens, strictly inside; desirable ones; both kinds' log-probs, and rewards
+    // sums: loss, live tokens, strictly inside; desirable ones; both kinds' log-probs, and rewards
+    Results out;
 };
 
 /// The loss of a sequence, by one thread; -> its derivative by the sum of the log-ratios.
-__device__ __forceinline__ double evaluate_judged(const Judged& a, const JudgedParams& p, const SideSums& sums, double inside) {
+__device__ __forceinline__ double evaluate_judged(const Judged& a, const JudgedParams& p,
+                                                  const SideSums& sums, double inside) {
     const bool good = number(a.desirable, blockIdx.x) != 0.0;
     const double reward = p.beta * sums.total;
     const double z0 = a.kl.data ? p.beta * number_in(a.tokens.logp.type, a.kl, 0) : 0.0;
-    const double weight = (good ? p.desirable_weight : p.undesirable_weight) / *data_of<double>(a.out.divisor);
+    const double weight =
+        (good ? p.desirable_weight : p.undesirable_weight) / *data_of<double>(a.out.divisor);
     const JudgedTerm term = judged_term(reward - z0, good, weight);
-    const double own[] = {term.value, sums.count, inside, good ? 1.0 : 0.0, good ? sums.logps : 0.0, good ? 0.0 : sums.logps,
-                          good ? reward : 0.0, good ? 0.0 : reward};
+    const double own[] = {term.value,
+                          sums.count,
+                          inside,
+                          good ? 1.0 : 0.0,
+                          good ? sums.logps : 0.0,
+                          good ? 0.0 : sums.logps,
+                          good ? reward : 0.0,
+                          good ? 0.0 : reward};
     a.out.write(own);
     return p.beta * term.by_reward;
 }
 
 /// A block per sequence; all else as in preference_loss_kernel.
 template <bool SINGLE>
-__global__ void __launch_bounds__(LOSS_THREADS) judged_loss_kernel(const Judged a) {
+__global__ void __launch_bounds__(LOSS_THREADS, 1) judged_loss_kernel(const Judged a) {
     __shared__ Scratch scratch;
     __shared__ double by_total;
     const double low = a.params->clip_low, high = a.params->clip_high;
@@ -196,25 +215,36 @@ __global__ void __launch_bounds__(LOSS_THREADS) judged_loss_kernel(const Judged 
 
 }  // namespace
 
-void preference_loss(Device on, Array logp, Array ref, Array token_weight, Array margin, Array target, Array offsets, Array params,
-                     Array divisor, Array c, Array partials, Array counter, Array sums, int64_t width, int64_t programs, int kind,
-                     int score, bool mean, bool humanline, bool metrics, int count) {
+void preference_loss(Device on, Array logp, Array ref, Array token_weight, Array margin, Array target,
+                     Array offsets, Array params, Array divisor, Array c, Array partials, Array counter,
+                     Array sums, int64_t width, int64_t programs, int kind, int score, bool mean,
+                     bool humanline, bool metrics, int count) {
     check_loss("preference_loss", logp, count, metrics, 9);
-    const Pairs a = {{logp, ref, token_weight, target, offsets, c, width, humanline, metrics}, margin,
-                     data_of<const double>(params), {divisor, partials, counter, sums, programs, count},
-                     static_cast<PairLoss>(kind), static_cast<Score>(score), mean};
+    const Pairs a = {{logp, ref, token_weight, target, offsets, c, width, humanline, metrics},
+                     margin,
+                     data_of<const double>(params),
+                     {divisor, partials, counter, sums, programs, count},
+                     static_cast<PairLoss>(kind),
+                     static_cast<Score>(score),
+                     mean};
     const bool single = all_single({logp, ref, token_weight, c});
-    launch("preference_loss", on, programs, LOSS_THREADS, single ? preference_loss_kernel<true> : preference_loss_kernel<false>, a);
+    launch("preference_loss", on, programs, LOSS_THREADS,
+           single ? preference_loss_kernel<true> : preference_loss_kernel<false>, a);
 }
 
-void judged_loss(Device on, Array logp, Array ref, Array token_weight, Array desirable, Array kl, Array target, Array offsets,
-                 Array params, Array divisor, Array c, Array partials, Array counter, Array sums, int64_t width, int64_t programs,
-                 bool humanline, bool metrics, int count) {
+void judged_loss(Device on, Array logp, Array ref, Array token_weight, Array desirable, Array kl,
+                 Array target, Array offsets, Array params, Array divisor, Array c, Array partials,
+                 Array counter, Array sums, int64_t width, int64_t programs, bool humanline, bool metrics,
+                 int count) {
     check_loss("judged_loss", logp, count, metrics, 8);
-    const Judged a = {{logp, ref, token_weight, target, offsets, c, width, humanline, metrics}, desirable, kl,
-                      data_of<const JudgedParams>(params), {divisor, partials, counter, sums, programs, count}};
+    const Judged a = {{logp, ref, token_weight, target, offsets, c, width, humanline, metrics},
+                      desirable,
+                      kl,
+                      data_of<const JudgedParams>(params),
+                      {divisor, partials, counter, sums, programs, count}};
     const bool single = all_single({logp, ref, token_weight, c});
-    launch("judged_loss", on, programs, LOSS_THREADS, single ? judged_loss_kernel<true> : judged_loss_kernel<false>, a);
+    launch("judged_loss", on, programs, LOSS_THREADS,
+           single ? judged_loss_kernel<true> : judged_loss_kernel<false>, a);
 }
 
 }  // namespace fused_align

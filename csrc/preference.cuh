@@ -1,4 +1,5 @@
-// The losses on scores of whole sequences: pairs (fused_align/losses/preference.py) and judged ones (unpaired.py).
+// The losses on scores of whole sequences: pairs (fused_align/losses/preference.py) and judged ones
+// (unpaired.py).
 
 #pragma once
 
@@ -11,16 +12,19 @@ namespace fused_align {
 enum class Score : int { plain, power, js };
 enum class PairLoss : int { logistic, square, hinge, exo, nca, bco, sppo, apo_zero, apo_down, disco };
 
-/// `params` as it lies in memory.
 struct PairParams {
     double scale;  // beta
     double power;
     double clip_low, clip_high;  // Humanline's bounds
     double log_2;
-    double own[9];  // of the loss; as many as it has
+    const double* own;  // of the loss; as many as it has
 };
 
-/// The same of judged sequences.
+HOST_DEVICE PairParams pair_params(const double* x) {
+    return {x[0], x[1], x[2], x[3], x[4], x + 5};
+}
+
+/// `params` of judged sequences, as it lies in memory.
 struct JudgedParams {
     double beta, desirable_weight, clip_low, clip_high, undesirable_weight;
 };
@@ -57,7 +61,8 @@ struct PairTerm {
 
 /// -w (right log s(m) + wrong log s(-m)), m = beta (D - lam max(0, -chosen)) - gamma.
 /// DPO, robust or not, SigmoidNorm, SimPO and CPO (lam 0); DPOP; MADPO (w). own: right, wrong, gamma, lam.
-HOST_DEVICE PairTerm logistic(double chosen, double rejected, double scale, double weight, const double* own) {
+HOST_DEVICE PairTerm logistic(double chosen, double rejected, double scale, double weight,
+                              const double* own) {
     const double right = own[0], wrong = own[1], gamma = own[2], lam = own[3];
     const bool fallen = chosen < 0.0;
     const double m = scale * (chosen - rejected - lam * (fallen ? -chosen : 0.0)) - gamma;
@@ -66,22 +71,27 @@ HOST_DEVICE PairTerm logistic(double chosen, double rejected, double scale, doub
     return {-weight * (right * log_sigmoid(m) + against), by_margin * (fallen ? 1.0 + lam : 1.0), -by_margin};
 }
 
-HOST_DEVICE PairTerm scaled(double scale, double value, double dx, double dy) { return {value, scale * dx, scale * dy}; }
+HOST_DEVICE PairTerm scaled(double scale, double value, double dx, double dy) {
+    return {value, scale * dx, scale * dy};
+}
 
 /// DiscoPOP. tau: own[0].
 HOST_DEVICE PairTerm disco(double m, double scale, double tau) {
     // one exponential of m / tau's log s and of -m: for m << 0 it is 0, where e^-m is inf
-    const double blended = exp(log_sigmoid(m / tau) - m), with = sigmoid(m / tau), without = sigmoid(-m / tau);
+    const double blended = exp(log_sigmoid(m / tau) - m), with = sigmoid(m / tau),
+                 without = sigmoid(-m / tau);
     const double log_s = log_sigmoid(m);
     const double dx = blended * (without / tau - 1.0) - without * sigmoid(-m) + with * without / tau * log_s;
     return scaled(scale, blended - without * log_s, dx, -dx);
 }
 
 /// The `pair` of the losses on pairs; scale: beta; weight: of MADPO.
-HOST_DEVICE PairTerm pair_term(double chosen, double rejected, double scale, double weight, PairLoss kind, const double* own) {
+HOST_DEVICE PairTerm pair_term(double chosen, double rejected, double scale, double weight, PairLoss kind,
+                               const double* own) {
     const double x = scale * chosen, y = scale * rejected, m = scale * (chosen - rejected);
     switch (kind) {
-        case PairLoss::logistic: return logistic(chosen, rejected, scale, weight, own);
+        case PairLoss::logistic:
+            return logistic(chosen, rejected, scale, weight, own);
         case PairLoss::square: {  // own: aim
             const double away = chosen - rejected - own[0];
             return {away * away, 2.0 * away, -2.0 * away};
@@ -97,18 +107,21 @@ HOST_DEVICE PairTerm pair_term(double chosen, double rejected, double scale, dou
         case PairLoss::nca:
             return scaled(scale, -log_sigmoid(x) - 0.5 * log_sigmoid(-x) - 0.5 * log_sigmoid(-y),
                           0.5 * sigmoid(x) - sigmoid(-x), 0.5 * sigmoid(y));
-        case PairLoss::bco: return scaled(scale, -log_sigmoid(x) - log_sigmoid(-y), -sigmoid(-x), sigmoid(y));
+        case PairLoss::bco:
+            return scaled(scale, -log_sigmoid(x) - log_sigmoid(-y), -sigmoid(-x), sigmoid(y));
         case PairLoss::sppo: {  // own: aim
             const double dx = chosen - own[0], dy = rejected + own[0];
             return scaled(2.0, dx * dx + dy * dy, dx, dy);
         }
         case PairLoss::apo_zero:
-            return scaled(scale, sigmoid(-x) + sigmoid(y), -sigmoid(x) * sigmoid(-x), sigmoid(y) * sigmoid(-y));
+            return scaled(scale, sigmoid(-x) + sigmoid(y), -sigmoid(x) * sigmoid(-x),
+                          sigmoid(y) * sigmoid(-y));
         case PairLoss::apo_down: {
             const double dy = sigmoid(m) * sigmoid(-m);
             return scaled(scale, sigmoid(x) + sigmoid(-m), sigmoid(x) * sigmoid(-x) - dy, dy);
         }
-        default: return disco(m, scale, own[0]);
+        default:
+            return disco(m, scale, own[0]);
     }
 }
 
@@ -119,7 +132,8 @@ struct JudgedTerm {
     double by_reward;  // derivative
 };
 
-/// w (1 - s(x)) = w s(-x), x the reward's distance from the reference point, or its negative of an undesirable one.
+/// w (1 - s(x)) = w s(-x), x the reward's distance from the reference point, or its negative of an
+/// undesirable one.
 HOST_DEVICE JudgedTerm judged_term(double distance, bool desirable, double weight) {
     const double x = desirable ? distance : -distance, by_x = weight * sigmoid(x) * sigmoid(-x);
     return {weight * sigmoid(-x), desirable ? -by_x : by_x};

@@ -1,4 +1,4 @@
-"""csrc/ for a CPU: its sources, compiled by g++ with the headers of tests/emulation/, which run thread blocks.
+"""csrc/ for a CPU: its sources, compiled by g++ with the headers of tests/emulation/, which run blocks.
 
 `load()` gives the module _cuda as nvcc would build it, for tensors on the CPU. `ordered` sets the order in
 which blocks and threads run: a result that depends on it is a race. Accesses that a GPU would refuse
@@ -38,7 +38,17 @@ SCRIPT = EMULATION / "shared.ld"
 COMPILER = os.environ.get("CXX", "g++")
 KEPT_SECONDS = 7 * 24 * 3600  # of what nobody used in the meantime
 
-LANGUAGE = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fdata-sections", "-Wall", "-Wextra", "-Werror"]
+# device code has no aliasing by types: 16-byte loads are casts of pointers
+LANGUAGE = [
+    "-std=c++17",
+    "-fno-strict-aliasing",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fdata-sections",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+]
 LANGUAGE += [
     "-Wno-unknown-pragmas",
     "-Wno-maybe-uninitialized",

@@ -1,4 +1,4 @@
-"""What the kernels over logits that exist already, Triton's and CUDA's, have in common: checks and outputs."""
+"""What Triton's and CUDA's kernels over logits that exist already have in common: checks and outputs."""
 
 from __future__ import annotations
 

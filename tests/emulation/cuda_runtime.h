@@ -24,7 +24,7 @@
 #define __grid_constant__
 
 // shared.ld gathers the variables of functions in .cu files, which are these: keep no other static ones
-// there, because emulation.cpp fills them with 0xff before each block. (An attribute could not mark them: g++
+// there, because emulation.cpp fills them with 0xff before a block. (An attribute could not mark them: g++
 // drops it in templates.)
 #define __shared__ static
 
@@ -58,7 +58,8 @@ inline dim3 blockDim, gridDim;
 // ---- threads together -----------------------------------------------------------------------------------
 
 #define EMULATION_HERE \
-    const char *file = __builtin_FILE(), const char *function = __builtin_FUNCTION(), int line = __builtin_LINE()
+    const char *file = __builtin_FILE(), const char *function = __builtin_FUNCTION(), \
+    int line = __builtin_LINE()
 
 namespace emulation {
 
@@ -115,7 +116,8 @@ inline T __shfl_up_sync(unsigned mask, T x, unsigned distance, int width = 32, E
 
 template <typename T>
 inline T __shfl_down_sync(unsigned mask, T x, unsigned distance, int width = 32, EMULATION_HERE) {
-    const int lane = emulation::lane(), end = (lane & -width) + width, from = lane + static_cast<int>(distance);
+    const int lane = emulation::lane(), end = (lane & -width) + width;
+    const int from = lane + static_cast<int>(distance);
     return emulation::from_lane(mask, x, from < end ? from : lane, {file, function, line});
 }
 
@@ -145,7 +147,8 @@ template <typename T>
 inline T atomicAdd(T* to, std::common_type_t<T> x) {
     static_assert(std::is_integral_v<T>, "sums of floats by atomics depend on the order of the threads");
     const T before = *to;
-    *to = static_cast<T>(static_cast<std::make_unsigned_t<T>>(before) + static_cast<std::make_unsigned_t<T>>(x));
+    using Wrapping = std::make_unsigned_t<T>;
+    *to = static_cast<T>(static_cast<Wrapping>(before) + static_cast<Wrapping>(x));
     return before;
 }
 
@@ -272,7 +275,8 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 }
 
 template <typename... Expected, typename... Actual>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Actual&&... actual) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...),
+                               Actual&&... actual) {
     const dim3 grid = config->gridDim, block = config->blockDim;
     if (grid.x == 0 || grid.x > INT_MAX || grid.y == 0 || grid.y > 65535 || grid.z == 0 || grid.z > 65535)
         return emulation::failed(cudaErrorInvalidConfiguration,

@@ -334,7 +334,8 @@ void explain_standstill() {
         if (!has_ended[thread] && !alike(waiting[thread], waiting[first])) other = thread;
     std::string text = name_of(first) + " waits forever at " + name_of(waiting[first]) + ": ";
     if (other >= 0) text += name_of(other) + " waits at " + name_of(waiting[other]) + ", and ";
-    snprintf(sentence, sizeof(sentence), "%s%d of the block's %d threads have ended", text.c_str(), ended, threads);
+    snprintf(sentence, sizeof(sentence), "%s%d of the block's %d threads have ended", text.c_str(), ended,
+             threads);
     broken = true;
 }
 
@@ -354,10 +355,34 @@ void run_block() {
 
 extern "C" uint64_t emulated_shared_begin[], emulated_shared_end[];  // from shared.ld
 
-/// Fills it with 0xff: NaN in every float type, -1 in every integer. A block finds nothing of the one before.
-__attribute__((no_sanitize_address, optimize("no-tree-loop-distribute-patterns"))) void poison_shared() {
-    // Not memset: with -fsanitize=address what lies between arrays is out of bounds.
-    for (uint64_t* at = emulated_shared_begin; at < emulated_shared_end; ++at) *at = ~uint64_t{0};
+constexpr ptrdiff_t PIECE = 128;  // words
+std::vector<uint64_t*> in_use;  // pieces that the first block of the grid wrote to
+
+// No memset and no memchr here: with -fsanitize=address what lies between arrays is out of bounds.
+#define RAW __attribute__((no_sanitize_address, optimize("no-tree-loop-distribute-patterns")))
+
+RAW void poison(uint64_t* from, uint64_t* to) {
+    for (uint64_t* at = from; at < to; ++at) *at = ~uint64_t{0};
+}
+
+RAW bool is_poison(const uint64_t* from, const uint64_t* to) {
+    uint64_t all = ~uint64_t{0};
+    for (const uint64_t* at = from; at < to; ++at) all &= *at;
+    return all == ~uint64_t{0};
+}
+
+uint64_t* end_of(uint64_t* piece) { return std::min<uint64_t*>(piece + PIECE, emulated_shared_end); }
+
+/// Before a block, all shared memory becomes 0xff: NaN in every float type, -1 in every integer. There may be
+/// hundreds of KB, most of other kernels, so that from the second block on only what the first one used does.
+void poison_shared(uint64_t blocks_before) {
+    if (blocks_before == 0) return poison(emulated_shared_begin, emulated_shared_end);
+    if (blocks_before == 1) {
+        in_use.clear();
+        for (uint64_t* piece = emulated_shared_begin; piece < emulated_shared_end; piece += PIECE)
+            if (!is_poison(piece, end_of(piece))) in_use.push_back(piece);
+    }
+    for (uint64_t* piece : in_use) poison(piece, end_of(piece));
 }
 
 /// Stacks as new: those of threads that never ended hold their frames.
@@ -393,14 +418,14 @@ bool run_grid(const dim3& grid, const dim3& block, Run grid_run, void* grid_call
     put_in_order(blocks.data(), blocks.size());
     broken = false;
     inside = true;
-    for (const uint64_t b : blocks) {
+    for (uint64_t i = 0; i < blocks.size() && !broken; ++i) {
+        const uint64_t b = blocks[i];
         const uint64_t xy = uint64_t{grid.x} * grid.y;
         blockIdx.x = static_cast<unsigned>(b % grid.x);
         blockIdx.y = static_cast<unsigned>(b % xy / grid.x);
         blockIdx.z = static_cast<unsigned>(b / xy);
-        poison_shared();
+        poison_shared(i);
         run_block();
-        if (broken) break;
     }
     inside = false;
     if (broken) reset_fibers();
@@ -419,8 +444,8 @@ void wait_for_block(Place place) {
     static int first;  // to come
     if (at_block == 0) first = current;
     if (!alike(own, waiting[first]))
-        fail("%s waits at %s, %s at %s: one barrier at two places", name_of(current).c_str(), name_of(own).c_str(),
-             name_of(first).c_str(), name_of(waiting[first]).c_str());
+        fail("%s waits at %s, %s at %s: one barrier at two places", name_of(current).c_str(),
+             name_of(own).c_str(), name_of(first).c_str(), name_of(waiting[first]).c_str());
     if (++at_block == threads) {
         at_block = 0;
         all_ready();
@@ -444,7 +469,7 @@ uint64_t wait_for_lanes(Wait wait, unsigned mask, uint64_t bits, int source, Pla
         for (unsigned left = wanted; left != 0; left &= left - 1) {
             const int one = __builtin_ctz(left);
             if (!alike(own, lanes[one]))
-                fail("%s waits at %s, %s at %s: lanes of one warp that name each other must be at the same place",
+                fail("%s waits at %s, %s at %s: lanes that name each other must be at the same place",
                      name_of(current).c_str(), name_of(own).c_str(), name_of(warp * WARP + one).c_str(),
                      name_of(lanes[one]).c_str());
             ballot |= static_cast<unsigned>(lanes[one].bits != 0) << one;
@@ -471,7 +496,8 @@ void stray(const void* address, const char* what, Place place) {
         fprintf(stderr, "emulation: address %p, %s, in %s\n", address, what, name_of(place).c_str());
         abort();
     }
-    fail("%s accesses address %p, %s, in %s", name_of(current).c_str(), address, what, name_of(place).c_str());
+    fail("%s accesses address %p, %s, in %s", name_of(current).c_str(), address, what,
+         name_of(place).c_str());
     abort();
 }
 
@@ -493,7 +519,8 @@ struct Check {  // what each handler's data begins with
         fprintf(stderr, "%s:%u: %s\n", check->file, check->line, what);
         abort();
     }
-    emulation::fail("%s: %s in %s:%u", emulation::name_of(emulation::current).c_str(), what, name, check->line);
+    emulation::fail("%s: %s in %s:%u", emulation::name_of(emulation::current).c_str(), what, name,
+                    check->line);
     abort();
 }
 

@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
@@ -26,7 +28,8 @@ __device__ __forceinline__ float over_warp(float x) {
 // ---- sums of a block, with and without its barriers -----------------------------------------------------
 
 template <bool BARRIER, typename T>
-__global__ void __launch_bounds__(1024) sums(const T* x /* [blocks, threads] */, T* out /* [blocks, threads] */) {
+__global__ void __launch_bounds__(1024) sums(const T* x,  // [blocks, threads]
+                                             T* out) {    // [blocks, threads]
     alignas(16) __shared__ T shared[1024];
     const int i = threadIdx.x, n = blockDim.x;
     const int64_t row = int64_t{blockIdx.x} * n;
@@ -98,8 +101,8 @@ __global__ void total(const float* x /* [n] */, int n, float* parts /* [blocks] 
 // ---- what must be found ---------------------------------------------------------------------------------
 
 enum Fault {
-    NONE, ENDED, TWO_PLACES, HALF_A_WARP, TWO_SHUFFLES, NOT_NAMED, MIXED, MISALIGNED, MISALIGNED_LDCG, NULL_POINTER,
-    INDEX, OVERFLOW_OF_INT
+    NONE, ENDED, TWO_PLACES, HALF_A_WARP, TWO_SHUFFLES, NOT_NAMED, MIXED, MISALIGNED, MISALIGNED_LDCG,
+    NULL_POINTER, INDEX, OVERFLOW_OF_INT
 };
 
 __global__ void fault(int which, const float* x /* [64] */, float* out /* [64] */) {

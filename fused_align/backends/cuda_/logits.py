@@ -1,7 +1,7 @@
 """Per-token statistics of logits that exist already: one read forward, one read and one write backward.
 
-`torch_logits` has the formulas, csrc/online.cuh their arithmetic, csrc/logits.cu the kernels. Here `largest` is the
-largest logit as it stands in memory, before the temperature; `total` is against it all the same.
+`torch_logits` has the formulas, csrc/online.cuh their arithmetic, csrc/logits.cu the kernels. Here `largest`
+is the largest logit as it stands in memory, before the temperature; `total` is against it all the same.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from ..logit_steps import check_columns, check_gradient, new_stats
 from ..torch_logits import LogitStats
 from .launches import launch
 
-# Columns of a block. A row of more is shared by several, for few rows of a large vocabulary would leave most of a
-# GPU idle. By the columns alone and not by the rows, so that a row's sums do not depend on how many others there are.
+# Columns of a block. A row of more is shared by several, for few rows of a large vocabulary would leave most
+# of a GPU idle. By the columns alone, so that a row's sums do not depend on how many other rows there are.
 COLUMNS = 32768
 FIELDS = 3  # of the partial sums of a block: Online of csrc/online.cuh
 
