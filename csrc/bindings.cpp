@@ -14,7 +14,7 @@ namespace pybind11::detail {
 
 /// (int, int) -> the two members of a struct; None -> as it is by default, if it may be.
 template <typename Struct, typename First, typename Second>
-bool from_pair(handle source, First Struct::*first, Second Struct::*second, Struct& value) {
+bool from_pair(handle source, First Struct::* first, Second Struct::* second, Struct& value) {
     if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 2) return false;
     const size_t one = PyLong_AsSize_t(PyTuple_GET_ITEM(source.ptr(), 0));
     const size_t other = PyLong_AsSize_t(PyTuple_GET_ITEM(source.ptr(), 1));
@@ -77,27 +77,25 @@ PYBIND11_MODULE(_cuda, m) {
           py::arg("logp"), py::arg("lse"), py::arg("entropy"), py::arg("largest"), py::arg("total"),
           py::arg("partial"), py::arg("arrived"), py::arg("scalar"), py::arg("rows"), py::arg("vocab"),
           py::arg("stride"), py::arg("parts"));
-    m.def("logit_gradient", logit_gradient, py::arg("on"), py::arg("dlogp"), py::arg("dlse"), py::arg("dentropy"),
-          py::arg("logits"), py::arg("target"), py::arg("logp"), py::arg("entropy"), py::arg("largest"),
-          py::arg("total"), py::arg("inverse"), py::arg("out"), py::arg("scalar"), py::arg("rows"),
-          py::arg("vocab"), py::arg("stride"), py::arg("out_stride"), py::arg("parts"));
-    m.def("policy_loss", policy_loss,
-          py::arg("on"), py::arg("logp"), py::arg("old"), py::arg("ref"), py::arg("sampler"),
-          py::arg("advantage"), py::arg("token_weight"), py::arg("target"), py::arg("offsets"),
-          py::arg("lengths"), py::arg("params"), py::arg("divisor"), py::arg("c"), py::arg("partials"),
-          py::arg("counter"), py::arg("sums"), py::arg("width"), py::arg("programs"), py::arg("KIND"),
-          py::arg("RATIO"), py::arg("KL"), py::arg("PENALISED"), py::arg("CORRECTED"), py::arg("SAMPLER"),
-          py::arg("WHOLE"), py::arg("COUPLED"), py::arg("PER_LENGTH"), py::arg("PER_TOKEN"),
-          py::arg("HUMANLINE"), py::arg("METRICS"), py::arg("K"), py::arg("pieces") = 1);
-    m.def("preference_loss", preference_loss,
-          py::arg("on"), py::arg("logp"), py::arg("ref"), py::arg("token_weight"), py::arg("margin"),
-          py::arg("target"), py::arg("offsets"), py::arg("params"), py::arg("divisor"), py::arg("c"),
+    m.def("logit_gradient", logit_gradient, py::arg("on"), py::arg("dlogp"), py::arg("dlse"),
+          py::arg("dentropy"), py::arg("logits"), py::arg("target"), py::arg("logp"), py::arg("entropy"),
+          py::arg("largest"), py::arg("total"), py::arg("inverse"), py::arg("out"), py::arg("scalar"),
+          py::arg("rows"), py::arg("vocab"), py::arg("stride"), py::arg("out_stride"), py::arg("parts"));
+    m.def("policy_loss", policy_loss, py::arg("on"), py::arg("logp"), py::arg("old"), py::arg("ref"),
+          py::arg("sampler"), py::arg("advantage"), py::arg("token_weight"), py::arg("target"),
+          py::arg("offsets"), py::arg("lengths"), py::arg("params"), py::arg("divisor"), py::arg("c"),
           py::arg("partials"), py::arg("counter"), py::arg("sums"), py::arg("width"), py::arg("programs"),
-          py::arg("KIND"), py::arg("SCORE"), py::arg("MEAN"), py::arg("HUMANLINE"), py::arg("METRICS"),
-          py::arg("K"));
-    m.def("judged_loss", judged_loss,
-          py::arg("on"), py::arg("logp"), py::arg("ref"), py::arg("token_weight"), py::arg("desirable"),
-          py::arg("kl"), py::arg("target"), py::arg("offsets"), py::arg("params"), py::arg("divisor"),
-          py::arg("c"), py::arg("partials"), py::arg("counter"), py::arg("sums"), py::arg("width"),
-          py::arg("programs"), py::arg("HUMANLINE"), py::arg("METRICS"), py::arg("K"));
+          py::arg("KIND"), py::arg("RATIO"), py::arg("KL"), py::arg("PENALISED"), py::arg("CORRECTED"),
+          py::arg("SAMPLER"), py::arg("WHOLE"), py::arg("COUPLED"), py::arg("PER_LENGTH"),
+          py::arg("PER_TOKEN"), py::arg("HUMANLINE"), py::arg("METRICS"), py::arg("K"),
+          py::arg("pieces") = 1);
+    m.def("preference_loss", preference_loss, py::arg("on"), py::arg("logp"), py::arg("ref"),
+          py::arg("token_weight"), py::arg("margin"), py::arg("target"), py::arg("offsets"),
+          py::arg("params"), py::arg("divisor"), py::arg("c"), py::arg("partials"), py::arg("counter"),
+          py::arg("sums"), py::arg("width"), py::arg("programs"), py::arg("KIND"), py::arg("SCORE"),
+          py::arg("MEAN"), py::arg("HUMANLINE"), py::arg("METRICS"), py::arg("K"));
+    m.def("judged_loss", judged_loss, py::arg("on"), py::arg("logp"), py::arg("ref"), py::arg("token_weight"),
+          py::arg("desirable"), py::arg("kl"), py::arg("target"), py::arg("offsets"), py::arg("params"),
+          py::arg("divisor"), py::arg("c"), py::arg("partials"), py::arg("counter"), py::arg("sums"),
+          py::arg("width"), py::arg("programs"), py::arg("HUMANLINE"), py::arg("METRICS"), py::arg("K"));
 }

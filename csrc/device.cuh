@@ -20,6 +20,7 @@
 
 namespace fused_align {
 
+constexpr int64_t IGNORE_INDEX = -100;
 constexpr int WARP = 32;
 constexpr int THREADS = 256;  // of a block, where nothing else is said
 constexpr int PIECE = 8;  // elements that a thread moves at once: 16 bytes of a 16-bit type, 32 of float32
@@ -82,6 +83,29 @@ HOST_DEVICE W element(const Array& a, int64_t i) {
     }
 }
 
+// ---- arrays -------------------------------------------------------------------------------------------
+
+template <typename Element>
+constexpr Type type_of() {
+    using T = std::remove_const_t<Element>;
+    if (std::is_same_v<T, double>) return Type::float64;
+    if (std::is_same_v<T, float>) return Type::float32;
+    if (std::is_same_v<T, bfloat16>) return Type::bfloat16;
+    if (std::is_same_v<T, float16>) return Type::float16;
+    if (std::is_same_v<T, int64_t>) return Type::int64;
+    if (std::is_same_v<T, int>) return Type::int32;
+    return Type::none;
+}
+
+/// The address of an array's first element, whose type is checked.
+template <typename T>
+T* as(const Array& a) {
+    if (a.data && a.type != type_of<T>())
+        throw std::invalid_argument(std::string("an argument of a kernel is to be ") + name_of(type_of<T>()) +
+                                    "; got " + name_of(a.type) + ".");
+    return static_cast<T*>(a.data);
+}
+
 // ---- pieces of rows ------------------------------------------------------------------------------------
 
 /// PIECE neighbouring elements as they came: loaded early, and widened where they are used.
@@ -116,13 +140,6 @@ HOST_DEVICE void load_piece(const T* from, W (&out)[PIECE]) {
     Piece<T>(from).widen(out);
 }
 
-/// The same of fewer elements, at any address and distance; 0 behind them.
-template <typename T, typename W>
-HOST_DEVICE void load_some(const T* from, int64_t step, int count, W (&out)[PIECE]) {
-#pragma unroll
-    for (int k = 0; k < PIECE; ++k) out[k] = k < count ? widened<W>(from[k * step]) : W(0);
-}
-
 template <typename T, typename W>
 HOST_DEVICE void store_piece(T* to, const W (&x)[PIECE]) {
     uint4 bits[PIECE * sizeof(T) / 16];
@@ -132,79 +149,51 @@ HOST_DEVICE void store_piece(T* to, const W (&x)[PIECE]) {
     for (int i = 0; i < static_cast<int>(sizeof(bits) / 16); ++i) reinterpret_cast<uint4*>(to)[i] = bits[i];
 }
 
-template <typename T, typename W>
-HOST_DEVICE void store_some(T* to, int64_t step, int count, const W (&x)[PIECE]) {
-#pragma unroll
-    for (int k = 0; k < PIECE; ++k)
-        if (k < count) to[k * step] = rounded<T>(x[k]);
+/// x, of which the compiler knows nothing. Else it keeps eight addresses in registers through a whole loop,
+/// for the few pieces whose columns are not adjacent.
+HOST_DEVICE int64_t unknown(int64_t x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+l"(x));
+#endif
+    return x;
 }
 
-/// A matrix of any float type, read and written in pieces of rows. Its type is known at run time: the branch
-/// is the same for all threads, and these matrices are [r, H], a small part of what a call moves.
+/// A matrix that is read and written in pieces of rows, columns adjacent or not.
+template <typename T>
 struct Matrix {
-    char* data;
-    Type type;
+    T* data;
     int64_t stride, step;  // of rows and columns, in elements
     bool wide;             // every PIECE of a row begins at a multiple of 16 bytes
 
     Matrix(const Array& a, int64_t stride, int64_t step = 1)
-        : data(static_cast<char*>(a.data)),
-          type(a.type),
+        : data(as<T>(a)),
           stride(stride),
           step(step),
-          wide(step == 1 && reinterpret_cast<uintptr_t>(a.data) % 16 == 0 &&
-               stride * size_of(a.type) % 16 == 0) {}
+          wide(step == 1 && reinterpret_cast<uintptr_t>(a.data) % 16 == 0 && stride * sizeof(T) % 16 == 0) {}
 
-    /// `count` elements (of PIECE) from a row's column, which is a multiple of PIECE.
+    /// `count` elements (of PIECE) from a row's column, which is a multiple of PIECE; 0 behind them.
     template <typename W>
     HOST_DEVICE void load(int64_t row, int64_t column, int count, W (&out)[PIECE]) const {
-        switch (type) {
-            case Type::float64:
-                return load_as<double>(row, column, count, out);
-            case Type::float32:
-                return load_as<float>(row, column, count, out);
-            case Type::bfloat16:
-                return load_as<bfloat16>(row, column, count, out);
-            default:
-                return load_as<float16>(row, column, count, out);
+        const T* from = data + row * stride + column * step;
+        if (wide && count >= PIECE) {
+            load_piece(from, out);
+        } else {
+            const int64_t apart = unknown(step);
+#pragma unroll
+            for (int k = 0; k < PIECE; ++k) out[k] = k < count ? widened<W>(from[k * apart]) : W(0);
         }
     }
 
     template <typename W>
     HOST_DEVICE void store(int64_t row, int64_t column, int count, const W (&x)[PIECE]) const {
-        switch (type) {
-            case Type::float64:
-                return store_as<double>(row, column, count, x);
-            case Type::float32:
-                return store_as<float>(row, column, count, x);
-            case Type::bfloat16:
-                return store_as<bfloat16>(row, column, count, x);
-            default:
-                return store_as<float16>(row, column, count, x);
-        }
-    }
-
-private:
-    template <typename T>
-    HOST_DEVICE T* at(int64_t row, int64_t column) const {
-        return reinterpret_cast<T*>(data) + row * stride + column * step;
-    }
-
-    template <typename T, typename W>
-    HOST_DEVICE void load_as(int64_t row, int64_t column, int count, W (&out)[PIECE]) const {
+        T* to = data + row * stride + column * step;
         if (wide && count >= PIECE) {
-            load_piece(at<const T>(row, column), out);
+            store_piece(to, x);
         } else {
-            load_some(at<const T>(row, column), step, count, out);
-        }
-    }
-
-    template <typename T, typename W>
-    HOST_DEVICE void store_as(int64_t row, int64_t column, int count, const W (&x)[PIECE]) const {
-        if (wide && count >= PIECE) {
-            store_piece(at<T>(row, column), x);
-        } else {
-            store_some(at<T>(row, column), step, count, x);
+            const int64_t apart = unknown(step);
+#pragma unroll
+            for (int k = 0; k < PIECE; ++k)
+                if (k < count) to[k * apart] = rounded<T>(x[k]);
         }
     }
 };
@@ -216,6 +205,24 @@ struct Tag {
     using type = T;
 };
 
+template <typename T>
+using TypeOf = typename T::type;
+
+/// body(Tag<T>) of a float type.
+template <typename Body>
+void with_float(const char* kernel, Type type, Body body) {
+    if (type == Type::float32) return body(Tag<float>{});
+    if (type == Type::bfloat16) return body(Tag<bfloat16>{});
+    if (type == Type::float16) return body(Tag<float16>{});
+    if (type == Type::float64) return body(Tag<double>{});
+    throw std::invalid_argument(std::string(kernel) + ": its arguments are of float types; got " +
+                                name_of(type) + ".");
+}
+
+/// The type of sums over elements of these types: double where one of them is, else float.
+template <typename... T>
+using Work = std::conditional_t<(std::is_same_v<T, double> || ...), double, float>;
+
 /// body(Tag<float>) or body(Tag<double>), by the type of the sums.
 template <typename Body>
 void with_work(const char* kernel, Type type, Body body) {
@@ -223,27 +230,6 @@ void with_work(const char* kernel, Type type, Body body) {
     if (type == Type::float64) return body(Tag<double>{});
     throw std::invalid_argument(std::string(kernel) + ": sums are float32 or float64; got " + name_of(type) +
                                 ".");
-}
-
-template <typename Element>
-constexpr Type type_of() {
-    using T = std::remove_const_t<Element>;
-    if (std::is_same_v<T, double>) return Type::float64;
-    if (std::is_same_v<T, float>) return Type::float32;
-    if (std::is_same_v<T, bfloat16>) return Type::bfloat16;
-    if (std::is_same_v<T, float16>) return Type::float16;
-    if (std::is_same_v<T, int64_t>) return Type::int64;
-    if (std::is_same_v<T, int>) return Type::int32;
-    return Type::none;
-}
-
-/// The address of an array's first element, whose type is checked.
-template <typename T>
-T* as(const Array& a) {
-    if (a.data && a.type != type_of<T>())
-        throw std::invalid_argument(std::string("an argument of a kernel is to be ") + name_of(type_of<T>()) +
-                                    "; got " + name_of(a.type) + ".");
-    return static_cast<T*>(a.data);
 }
 
 inline void check(const char* kernel, cudaError_t status) {

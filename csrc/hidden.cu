@@ -26,11 +26,12 @@ int64_t blocks_of_rows(int64_t rows) {
 // ---- scaled_rows ---------------------------------------------------------------------------------------
 
 /// out = coef * x, rounded to out's type. Reads x and writes out once. 256 threads of at most 64 registers.
-template <typename W>
-__global__ void __launch_bounds__(THREADS) scaled_rows_kernel(const Matrix x,    // [r, H]
-                                                              const W* coef,     // [r]
-                                                              const Matrix out,  // [r, H]
-                                                              int64_t rows, int64_t hidden) {
+template <typename X, typename O, typename W>
+__global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 2 : 4)
+    scaled_rows_kernel(const Matrix<const X> x,  // [r, H]
+                       const W* coef,            // [r]
+                       const Matrix<O> out,      // [r, H]
+                       int64_t rows, int64_t hidden) {
     const int64_t row = row_of_warp();
     if (row >= rows) return;
     const W c = coef[row];
@@ -47,10 +48,14 @@ __global__ void __launch_bounds__(THREADS) scaled_rows_kernel(const Matrix x,   
 
 void scaled_rows(Device on, Array x, Array coef, Array out, int64_t rows, int64_t hidden, int64_t x_stride,
                  int64_t x_step) {
-    with_work("scaled_rows", coef.type, [&](auto w) {
-        using W = typename decltype(w)::type;
-        launch("scaled_rows", on, blocks_of_rows(rows), THREADS, scaled_rows_kernel<W>,
-               Matrix(x, x_stride, x_step), as<W>(coef), Matrix(out, hidden), rows, hidden);
+    with_float("scaled_rows", x.type, [&](auto x_type) {
+        with_float("scaled_rows", out.type, [&](auto out_type) {
+            using X = TypeOf<decltype(x_type)>;
+            using O = TypeOf<decltype(out_type)>;
+            using W = Work<X>;
+            launch("scaled_rows", on, blocks_of_rows(rows), THREADS, scaled_rows_kernel<X, O, W>,
+                   Matrix<const X>(x, x_stride, x_step), as<W>(coef), Matrix<O>(out, hidden), rows, hidden);
+        });
     });
 }
 
@@ -60,11 +65,11 @@ namespace {
 
 /// product *= factor / Z. Reads and writes it once. 256 threads of at most 64 registers.
 template <typename W>
-__global__ void __launch_bounds__(THREADS) close_product_kernel(const Matrix product,  // [r, H] in place
-                                                                const W* z,            // [r]
-                                                                const W* ref,          // [r]
-                                                                const W* total,        // [r]
-                                                                const W* factor,       // [r]
+__global__ void __launch_bounds__(THREADS) close_product_kernel(const Matrix<W> product,  // [r, H] in place
+                                                                const W* z,               // [r]
+                                                                const W* ref,             // [r]
+                                                                const W* total,           // [r]
+                                                                const W* factor,          // [r]
                                                                 int64_t rows, int64_t hidden) {
     const int64_t row = row_of_warp();
     if (row >= rows) return;
@@ -83,9 +88,9 @@ __global__ void __launch_bounds__(THREADS) close_product_kernel(const Matrix pro
 void close_product(Device on, Array product, Array z, Array ref, Array total, Array factor, int64_t rows,
                    int64_t hidden, int64_t stride) {
     with_work("close_product", product.type, [&](auto w) {
-        using W = typename decltype(w)::type;
+        using W = TypeOf<decltype(w)>;
         launch("close_product", on, blocks_of_rows(rows), THREADS, close_product_kernel<W>,
-               Matrix(product, stride), as<W>(z), as<W>(ref), as<W>(total), as<W>(factor), rows, hidden);
+               Matrix<W>(product, stride), as<W>(z), as<W>(ref), as<W>(total), as<W>(factor), rows, hidden);
     });
 }
 
@@ -93,26 +98,26 @@ void close_product(Device on, Array product, Array z, Array ref, Array total, Ar
 
 namespace {
 
-template <typename W>
+template <typename V, typename O, typename W>
 struct StoreHidden {
-    Matrix out;             // [M, H]
-    const int64_t* index;   // [r] | null: rows start, start + 1, ...
-    Matrix product;         // [r, H]; may be rows of out
-    const W* scale;         // [r]
-    Matrix weight;          // [V, H]
-    const int64_t* target;  // [r]
-    const W* coef;          // [r]
-    const W* on_average;    // [r] | null
-    Array average;          // [H] | null
+    Matrix<O> out;           // [M, H]
+    const int64_t* index;    // [r] | null: rows start, start + 1, ...
+    Matrix<W> product;       // [r, H]; may be rows of out
+    const W* scale;          // [r]
+    Matrix<const V> weight;  // [V, H]
+    const int64_t* target;   // [r]
+    const W* coef;           // [r]
+    const W* on_average;     // [r] | null
+    const double* average;   // [H] | null
     int64_t start;
     Type operand;  // the weight is rounded to this first
 };
 
 /// out[index] = scale * product + coef * weight[target] + on_average * average. Reads two rows and writes
 /// one. 256 threads of at most 64 registers.
-template <typename W>
-__global__ void __launch_bounds__(THREADS)
-    store_hidden_kernel(const StoreHidden<W> a, int64_t rows, int64_t hidden) {
+template <typename V, typename O, typename W>
+__global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 2 : 4)
+    store_hidden_kernel(const StoreHidden<V, O, W> a, int64_t rows, int64_t hidden) {
     const int64_t row = row_of_warp();
     if (row >= rows) return;
     const int64_t y = a.target[row], place = a.index ? a.index[row] : a.start + row;
@@ -123,10 +128,10 @@ __global__ void __launch_bounds__(THREADS)
         a.weight.load(y, column, count, weight);
 #pragma unroll
         for (int k = 0; k < PIECE; ++k) grad[k] = grad[k] * scale + rounded_to(a.operand, weight[k]) * coef;
-        if (a.average.data) {
+        if (a.average) {
 #pragma unroll
             for (int k = 0; k < PIECE; ++k)
-                if (k < count) grad[k] += element<W>(a.average, column + k) * on_average;
+                if (k < count) grad[k] += static_cast<W>(a.average[column + k]) * on_average;
         }
         a.out.store(place, column, count, grad);
     });
@@ -138,20 +143,25 @@ void store_hidden(Device on, Array out, Array index, Array product, Array scale,
                   Array coef, Array on_average, Array average, int64_t rows, int64_t hidden, int64_t start,
                   int64_t out_stride, int64_t product_stride, int64_t weight_stride, int64_t weight_step,
                   Type operand) {
-    with_work("store_hidden", product.type, [&](auto w) {
-        using W = typename decltype(w)::type;
-        const StoreHidden<W> a{Matrix(out, out_stride),
-                               as<int64_t>(index),
-                               Matrix(product, product_stride),
-                               as<W>(scale),
-                               Matrix(weight, weight_stride, weight_step),
-                               as<int64_t>(target),
-                               as<W>(coef),
-                               as<W>(on_average),
-                               average,
-                               start,
-                               operand};
-        launch("store_hidden", on, blocks_of_rows(rows), THREADS, store_hidden_kernel<W>, a, rows, hidden);
+    with_float("store_hidden", weight.type, [&](auto weight_type) {
+        with_float("store_hidden", out.type, [&](auto out_type) {
+            using V = TypeOf<decltype(weight_type)>;
+            using O = TypeOf<decltype(out_type)>;
+            using W = Work<V, O>;
+            const StoreHidden<V, O, W> a{Matrix<O>(out, out_stride),
+                                         as<int64_t>(index),
+                                         Matrix<W>(product, product_stride),
+                                         as<W>(scale),
+                                         Matrix<const V>(weight, weight_stride, weight_step),
+                                         as<int64_t>(target),
+                                         as<W>(coef),
+                                         as<W>(on_average),
+                                         as<double>(average),
+                                         start,
+                                         operand};
+            launch("store_hidden", on, blocks_of_rows(rows), THREADS, store_hidden_kernel<V, O, W>, a, rows,
+                   hidden);
+        });
     });
 }
 
@@ -159,13 +169,13 @@ void store_hidden(Device on, Array out, Array index, Array product, Array scale,
 
 namespace {
 
-template <typename W>
+template <typename X, typename W>
 struct AddRows {
-    Matrix out;                             // [v, H] added to
+    Matrix<W> out;                          // [v, H] added to
     const int64_t* column;                  // [n] rising
     const int64_t* order;                   // [n]: which coefficient and row each of those has
     Array coef;                             // [n]
-    Matrix x;                               // [M, H] | null: ones
+    Matrix<const X> x;                      // [M, H] | null: ones
     const int64_t* index;                   // [n] | null: which row of x
     int64_t count, given, columns, hidden;  // n, M, v (a column that is none of these is left out), H
     int parts;                              // blocks for a row of out
@@ -176,8 +186,8 @@ struct AddRows {
 /// that column's, the blocks of the others end at once.
 ///
 /// Reads n rows, reads and writes as many rows of out as there are columns. Threads of at most 64 registers.
-template <typename W>
-__global__ void __launch_bounds__(THREADS) add_rows_kernel(const AddRows<W> a) {
+template <typename X, typename W>
+__global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 2 : 4) add_rows_kernel(const AddRows<X, W> a) {
     const int64_t first = blockIdx.x / a.parts;
     const int64_t y = a.column[first];
     if (y >= a.columns || (first > 0 && a.column[first - 1] == y)) return;
@@ -215,21 +225,25 @@ void add_rows(Device on, Array out, Array column, Array order, Array coef, Array
     const int64_t pieces = divided(hidden, PIECE);
     const int threads = static_cast<int>(pieces < THREADS ? divided(pieces, WARP) * WARP : THREADS);
     const int64_t parts = divided(pieces, threads);
-    with_work("add_rows", out.type, [&](auto w) {
-        using W = typename decltype(w)::type;
-        const AddRows<W> a{Matrix(out, out_stride, out_step),
-                           as<int64_t>(column),
-                           as<int64_t>(order),
-                           coef,
-                           Matrix(x, x_stride, x_step),
-                           as<int64_t>(index),
-                           count,
-                           given,
-                           columns,
-                           hidden,
-                           static_cast<int>(parts),
-                           operand};
-        launch("add_rows", on, count * parts, threads, add_rows_kernel<W>, a);
+    const Array some = x.data ? x : out;  // its type does not matter where there is none
+    with_float("add_rows", some.type, [&](auto x_type) {
+        with_work("add_rows", out.type, [&](auto w) {
+            using X = TypeOf<decltype(x_type)>;
+            using W = TypeOf<decltype(w)>;
+            const AddRows<X, W> a{Matrix<W>(out, out_stride, out_step),
+                                  as<int64_t>(column),
+                                  as<int64_t>(order),
+                                  coef,
+                                  Matrix<const X>(x, x_stride, x_step),
+                                  as<int64_t>(index),
+                                  count,
+                                  given,
+                                  columns,
+                                  hidden,
+                                  static_cast<int>(parts),
+                                  operand};
+            launch("add_rows", on, count * parts, threads, add_rows_kernel<X, W>, a);
+        });
     });
 }
 

@@ -18,35 +18,11 @@ namespace {
 template <typename T>
 constexpr int VECTORS = sizeof(T) == 8 ? 2 : 4;
 
-constexpr int64_t IGNORE_INDEX = -100;
-
 template <typename T>
 struct alignas(16) Vector {
     static constexpr int EACH = 16 / sizeof(T);
     T x[EACH];
 };
-
-template <typename T>
-using Work = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-/// body(Tag<T>) of the type of logits.
-template <typename Body>
-void with_logits(const char* kernel, Type type, Body body) {
-    switch (type) {
-        case Type::float64:
-            return body(Tag<double>{});
-        case Type::float32:
-            return body(Tag<float>{});
-        case Type::bfloat16:
-            return body(Tag<bfloat16>{});
-        case Type::float16:
-            return body(Tag<float16>{});
-        default:
-            throw std::invalid_argument(std::string(kernel) +
-                                        ": logits are float64, float32, bfloat16 or float16; got " +
-                                        name_of(type) + ".");
-    }
-}
 
 // ---- a row, in vectors -----------------------------------------------------------------------------------
 
@@ -376,8 +352,8 @@ __global__ void __launch_bounds__(THREADS, 3)
 void logit_stats(Device on, Array logits, Array target, Array inverse, Array logp, Array lse, Array entropy,
                  Array largest, Array total, Array partial, Array arrived, double scalar, int64_t rows,
                  int64_t vocab, int64_t stride, int64_t parts) {
-    with_logits("logit_stats", logits.type, [&](auto tag) {
-        using T = typename decltype(tag)::type;
+    with_float("logit_stats", logits.type, [&](auto tag) {
+        using T = TypeOf<decltype(tag)>;
         using W = Work<T>;
         const Division by("logit_stats", vocab, parts, THREADS * Vector<T>::EACH * VECTORS<T>);
         const auto kernel = entropy.data != nullptr ? stats_kernel<T, true> : stats_kernel<T, false>;
@@ -392,8 +368,8 @@ void logit_gradient(Device on, Array dlogp, Array dlse, Array dentropy, Array lo
                     Array logp, Array entropy, Array largest, Array total, Array inverse, Array out,
                     double scalar, int64_t rows, int64_t vocab, int64_t stride, int64_t out_stride,
                     int64_t parts) {
-    with_logits("logit_gradient", logits.type, [&](auto tag) {
-        using T = typename decltype(tag)::type;
+    with_float("logit_gradient", logits.type, [&](auto tag) {
+        using T = TypeOf<decltype(tag)>;
         using W = Work<T>;
         const Division by("logit_gradient", vocab, parts, THREADS * Vector<T>::EACH * VECTORS<T>);
         const auto kernel = dentropy.data != nullptr ? gradient_kernel<T, true> : gradient_kernel<T, false>;

@@ -17,7 +17,6 @@
 
 namespace fused_align {
 
-constexpr int64_t IGNORE_INDEX = -100;
 constexpr int LOSS_THREADS = 512;  // of a block; each may have 128 registers
 constexpr int MOST_SUMS = 9;       // that a launch gives
 

@@ -16,7 +16,7 @@ struct Add {
 struct Most {  // NaN is passed over
     template <typename T>
     HOST_DEVICE T operator()(T a, T b) const {
-        return a > b ? a : b;
+        return a > b || b != b ? a : b;
     }
 };
 

@@ -9,11 +9,13 @@ namespace fused_align {
 
 namespace {
 
+template <typename X, typename V>
 struct OpenRows {
-    Matrix x, weight;       // [r, H], [V, H]
-    Array bias;             // [V] | null
-    const int64_t* target;  // [r]
-    Array inverse;          // [r], or [1] with a stride of 0
+    Matrix<const X> x;       // [r, H]
+    Matrix<const V> weight;  // [V, H]
+    Array bias;              // [V] | null
+    const int64_t* target;   // [r]
+    Array inverse;           // [r], or [1] with a stride of 0
     int64_t inverse_stride;
     double logit_scale, softcap;
     bool cap;
@@ -24,8 +26,8 @@ struct OpenRows {
 ///
 /// A warp per row, eight rows in a block; reads two rows of H elements for each. 256 threads of at most 64
 /// registers.
-template <typename W>
-__global__ void __launch_bounds__(THREADS) open_rows_kernel(const OpenRows a,
+template <typename X, typename V, typename W>
+__global__ void __launch_bounds__(THREADS) open_rows_kernel(const OpenRows<X, V> a,
                                                             W* z,      // [r] out, as the following
                                                             W* ref,    // [r]
                                                             W* slope,  // [r] | null
@@ -61,21 +63,25 @@ void open_rows(Device on, Array x, Array weight, Array bias, Array target, Array
                Array slope, int64_t rows, int64_t hidden, int64_t x_stride, int64_t x_step,
                int64_t weight_stride, int64_t weight_step, int64_t inverse_stride, double logit_scale,
                std::optional<double> softcap, Type operand) {
-    const OpenRows a{Matrix(x, x_stride, x_step),
-                     Matrix(weight, weight_stride, weight_step),
-                     bias,
-                     as<int64_t>(target),
-                     inverse,
-                     inverse_stride,
-                     logit_scale,
-                     softcap.value_or(0),
-                     softcap.has_value(),
-                     operand};
-    with_work("open_rows", z.type, [&](auto w) {
-        using W = typename decltype(w)::type;
-        launch("open_rows", on, divided(rows, THREADS / WARP), THREADS, open_rows_kernel<W>, a, as<W>(z),
-               as<W>(ref), as<W>(slope), rows, hidden);
-    });
+    const auto with = [&](auto x_type, auto weight_type) {
+        using X = TypeOf<decltype(x_type)>;
+        using V = TypeOf<decltype(weight_type)>;
+        using W = Work<X>;  // a float64 head's rows come in float64
+        const OpenRows<X, V> a{Matrix<const X>(x, x_stride, x_step),
+                               Matrix<const V>(weight, weight_stride, weight_step),
+                               bias,
+                               as<int64_t>(target),
+                               inverse,
+                               inverse_stride,
+                               logit_scale,
+                               softcap.value_or(0),
+                               softcap.has_value(),
+                               operand};
+        launch("open_rows", on, divided(rows, THREADS / WARP), THREADS, open_rows_kernel<X, V, W>, a,
+               as<W>(z), as<W>(ref), as<W>(slope), rows, hidden);
+    };
+    with_float("open_rows", x.type,
+               [&](auto a) { with_float("open_rows", weight.type, [&](auto b) { with(a, b); }); });
 }
 
 // ---- finish_rows ---------------------------------------------------------------------------------------
@@ -115,7 +121,7 @@ __global__ void __launch_bounds__(ROW_THREADS) finish_rows_kernel(const W* z,   
 void finish_rows(Device on, Array z, Array ref, Array total, Array moment, Array pivot, Array average,
                  Array squares, Array out, int64_t rows) {
     with_work("finish_rows", z.type, [&](auto w) {
-        using W = typename decltype(w)::type;
+        using W = TypeOf<decltype(w)>;
         launch("finish_rows", on, divided(rows, ROW_THREADS), ROW_THREADS, finish_rows_kernel<W>, as<W>(z),
                as<W>(ref), as<W>(total), as<double>(moment), as<double>(pivot), as<double>(average),
                as<double>(squares), as<W>(out), rows);
@@ -171,7 +177,7 @@ void coefficients(Device on, Array z, Array ref, Array total, Array factor, Arra
                   Array on_rows, Array on_target, Array constant, Array mixing, Array on_average,
                   Array uniform, Array flags, int64_t rows, int64_t vocab) {
     with_work("coefficients", z.type, [&](auto w) {
-        using W = typename decltype(w)::type;
+        using W = TypeOf<decltype(w)>;
         const CoefficientRows<W> a{as<W>(z),          as<W>(ref),       as<W>(total),    as<W>(factor),
                                    as<W>(slope),      by_logp,          by_lse,          by_entropy,
                                    by_average,        entropy,          as<W>(after),    as<W>(summed),

@@ -189,9 +189,9 @@ void exp_tile(Device on, Array logits, Array out, Array product, Array bias, Arr
               Array counters, int64_t strips) {
     const Share share(rows, cols, strips);
     with_tiles("exp_tile", logits.type, out.type, [&](auto l, auto o, auto w) {
-        using L = typename decltype(l)::type;
-        using O = typename decltype(o)::type;
-        using W = typename decltype(w)::type;
+        using L = TypeOf<decltype(l)>;
+        using O = TypeOf<decltype(o)>;
+        using W = TypeOf<decltype(w)>;
         const ExpTile<L, O, W> a{as<L>(logits),
                                  as<O>(out),
                                  as<W>(product),
@@ -283,9 +283,9 @@ void grad_tile(Device on, Array logits, Array out, Array bias, Array target, Arr
                int64_t logits_stride, int64_t out_stride, std::optional<double> inner, int64_t strips) {
     const Share share(rows, cols, strips);
     with_tiles("grad_tile", logits.type, out.type, [&](auto l, auto o, auto w) {
-        using L = typename decltype(l)::type;
-        using O = typename decltype(o)::type;
-        using W = typename decltype(w)::type;
+        using L = TypeOf<decltype(l)>;
+        using O = TypeOf<decltype(o)>;
+        using W = TypeOf<decltype(w)>;
         if constexpr (!std::is_same_v<O, Nothing>) {
             const GradTile<L, O, W> a{as<L>(logits),
                                       as<O>(out),
@@ -353,8 +353,8 @@ void kept_tile(Device on, Array kept, Array out, Array live, Array before, Array
                int64_t strips) {
     const Share share(rows, cols, strips);
     const auto with = [&](auto t, auto w) {
-        using T = typename decltype(t)::type;
-        using W = typename decltype(w)::type;
+        using T = TypeOf<decltype(t)>;
+        using W = TypeOf<decltype(w)>;
         const KeptTile<T, W> a{as<T>(kept),  as<T>(out),          as<int64_t>(live), as<W>(before),
                                as<W>(after), as<W>(constant),     as<W>(mixing),     kept_stride,
                                out_stride,   static_cast<W>(tiny)};
@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(THREADS) add_products_kernel(W* out,         /
         if (count == PIECE && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
             load_piece(from, piece);
         } else {
-            load_some(from, 1, count, piece);
+            Piece<T>(from, 0, count).widen(piece);
         }
 #pragma unroll
         for (int k = 0; k < PIECE; ++k) sums[k] += c * piece[k];
@@ -410,9 +410,9 @@ void add_products(Device on, Array out, Array tile, Array coef, int64_t rows, in
                   int64_t tile_stride) {
     const int64_t blocks = divided(cols, PIECES * PIECE);
     with_work("add_products", out.type, [&](auto w) {
-        using W = typename decltype(w)::type;
+        using W = TypeOf<decltype(w)>;
         const auto with = [&](auto t) {
-            using T = typename decltype(t)::type;
+            using T = TypeOf<decltype(t)>;
             launch("add_products", on, blocks, THREADS, add_products_kernel<T, W>, as<W>(out), as<T>(tile),
                    as<W>(coef), rows, static_cast<int>(cols), tile_stride);
         };

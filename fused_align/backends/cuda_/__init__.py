@@ -1,42 +1,37 @@
-"""The steps as CUDA C++ kernels of csrc/, compiled when the package was installed.
-
-Importing this does not load the compiled module; asking whether it is usable does.
-"""
+"""The steps as CUDA C++ kernels of csrc/, compiled when the package was installed."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from functools import cache
 from types import ModuleType
 
 import torch
 
 OLDEST = 8  # compute capability
-MODULE = "fused_align._cuda"
+NAME = "fused_align._cuda"
 
 
-@cache
-def built() -> ModuleType | str:
-    """The compiled module, or a sentence why there is none.
-
-    It has a launch function for every kernel, `device`, the kind of device whose tensors it takes, and `archs`,
-    what it was compiled for: "80 90a 100 +PTX".
-    """
-    if importlib.util.find_spec(MODULE) is None:
+def _built() -> ModuleType | str:
+    if importlib.util.find_spec(NAME) is None:
         return (
             "its module was not built: that takes nvcc when the package is installed (FUSED_ALIGN_CUDA=1 pip "
             "install . says what is missing)"
         )
     try:
-        return importlib.import_module(MODULE)
+        return importlib.import_module(NAME)
     except ImportError as error:  # built for another system, say
         return f"its module is there and cannot be loaded: {error}"
 
 
+#: the compiled module, or a sentence why there is none. It has a launch function for every kernel; `device`, the
+#: kind of device whose tensors it takes; and `archs`, what it was compiled for: "80 90a 100 +PTX". (Loaded here,
+#: since torch.compile could not follow an import.)
+module = _built()
+
+
 def why_not(device: torch.device) -> str | None:
     """None where the module can run, else the reason: it was built, for this GPU."""
-    module = built()
     if isinstance(module, str):
         return module
     if device.type != module.device:

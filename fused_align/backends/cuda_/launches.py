@@ -28,10 +28,7 @@ def launch(name: str, device: torch.device, *args: object, **named: object) -> N
     Raises:
         RuntimeError: the kernel could not be launched; the message names it.
     """
-    module = cuda_.built()
-    if isinstance(module, str):
-        raise RuntimeError(f"{name}: {module}.")
-    function = getattr(module, name)
+    function = getattr(cuda_.module, name)
     crossed = [_crossed(x) for x in args], {key: _crossed(x) for key, x in named.items()}
     if device.type != "cuda":
         function((0, 0), *crossed[0], **crossed[1])
