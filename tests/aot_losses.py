@@ -8,7 +8,8 @@ import torch
 from aot import Case, case
 
 import fused_align as fa
-from fused_align.backends.triton_.losses import OPTIONS, LossKernel, cover
+from fused_align.backends.kernel_losses import Launch, LossKernel, cover
+from fused_align.backends.triton_.losses import KERNELS, OPTIONS, sizes
 
 
 def aot_cases() -> Iterator[Case]:
@@ -30,10 +31,14 @@ def aot_cases() -> Iterator[Case]:
         (fa.SimPO(alphapo=0.1), None, live),
         (fa.KTO(), humanline, packed),
     ):
-        kernel = cover(loss, clip)
+        kernel = cover(loss, clip, _nowhere)
         assert isinstance(kernel, LossKernel), kernel
         launch = kernel.launch(torch.zeros(batch.target.shape), batch, 1.0)
-        yield case(launch.kernel, launch.arguments, OPTIONS)
+        yield case(KERNELS[launch.kernel], {**launch.arguments, **sizes(launch)}, OPTIONS)
+
+
+def _nowhere(launch: Launch, device: torch.device) -> None:
+    raise RuntimeError(f"{launch.kernel} is to be compiled here, and was launched.")
 
 
 def _batches() -> tuple[fa.Batch, fa.Batch, fa.Batch]:

@@ -1,8 +1,8 @@
 """The suites of the torch backend once more, with a backend of kernels in its place.
 
 Where there is no GPU Triton's interpreter runs its kernels, in about a second for each case, and `emulated`
-those of cuda, in about a tenth. So of each test some cases, evenly spread, are part of `make test`, and all of
-them of `make test-all` (`conftest.py`). On a GPU, FUSED_ALIGN_TEST_DEVICE=cuda puts the tensors there.
+those of cuda, in about a tenth. So of each test some cases, evenly spread, are part of `make test`, and all
+of them of `make test-all` (`conftest.py`). On a GPU, FUSED_ALIGN_TEST_DEVICE=cuda puts the tensors there.
 """
 
 from __future__ import annotations

@@ -24,9 +24,7 @@ from torch.nn.functional import softplus
 from ..batch import IGNORE_INDEX
 
 BLOCK_BYTES = 8 << 20  # rows are upcast and exponentiated in blocks of this size
-NOTHING = (
-    -1000.0
-)  # an exponent whose power is 0; those below are taken for it, so that 0 * inf does not arise
+NOTHING = -1000.0  # its power is 0; exponents below are taken for it, so that 0 * inf does not arise
 
 
 class LogitStats(NamedTuple):
@@ -35,7 +33,7 @@ class LogitStats(NamedTuple):
     logp: Tensor
     lse: Tensor
     entropy: Tensor | None
-    largest: Tensor  # tempered logit
+    largest: Tensor  # tempered logit; of some backends the raw one. For the backward alone
     total: Tensor  # Z
 
 

@@ -31,7 +31,7 @@ def logp_from_logits(
         logits: float64, float32, bfloat16 or float16. Differentiable; the gradient has their dtype.
         target: positions equal to `ignore_index` give 0 and no gradient.
         temperature: one number, or one per token; positive; not differentiable.
-        backend: "auto" | "torch" (blocks of rows) | "triton" (one kernel).
+        backend: "auto" | "torch" (blocks of rows) | "triton", "cuda" (one kernel).
         overwrite: the backward writes the gradient over the logits: for logits that nothing else reads. It
             may run once.
 
@@ -97,7 +97,7 @@ def _stats(
     if backend == "auto" and (picked == "eager" or logits.stride(-1) != 1):
         picked = "torch"  # a kernel takes adjacent columns, and eager is no backend of logits that exist
     if picked == "eager":
-        raise ValueError(f'{who}: backend must be "auto", "torch" or "triton"; got "eager".')
+        raise ValueError(f'{who}: backend must be "auto", "torch", "triton" or "cuda"; got "eager".')
     shape = target.shape
     if not shape:
         logits, target = logits[None], target[None]

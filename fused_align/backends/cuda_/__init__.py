@@ -24,9 +24,9 @@ def _built() -> ModuleType | str:
         return f"its module is there and cannot be loaded: {error}"
 
 
-#: the compiled module, or a sentence why there is none. It has a launch function for every kernel; `device`, the
-#: kind of device whose tensors it takes; and `archs`, what it was compiled for: "80 90a 100 +PTX". (Loaded here,
-#: since torch.compile could not follow an import.)
+#: the compiled module, or a sentence why there is none. It has a launch function for every kernel; `device`,
+#: the kind of device whose tensors it takes; `archs`, what it was compiled for: "80 90a 100 +PTX". (It is
+#: loaded here, since torch.compile could not follow an import.)
 module = _built()
 
 

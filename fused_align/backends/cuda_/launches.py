@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda_
+from ..codes import RatioOf
 from ..kernel_losses import Launch
 
 #: the element types, by the numbers of csrc/launches.h
@@ -20,6 +21,7 @@ TYPES = {
 BUSY = 4  # blocks for each multiprocessor, with which a GPU has enough to do
 STRIP = 4096  # the fewest columns of a row that are worth a block of their own
 SUMS = 4  # that a strip of a row has
+PIECE = 1024  # the fewest tokens of a sequence that are worth a block of their own
 
 
 def launch(name: str, device: torch.device, *args: object, **named: object) -> None:
@@ -114,7 +116,7 @@ def kept_tile(sizes: tuple[int, ...], kept: Tensor, out: Tensor, *others: Any, *
 
 
 def strips(rows: int, cols: int, device: torch.device) -> int:
-    """Into how many strips rows of a tile are cut, so that few long ones keep the GPU busy; one where they do."""
+    """Into how many strips rows of a tile are cut: several where few long ones would not keep a GPU busy."""
     wanted = -(-BUSY * multiprocessors(device) // max(rows, 1))
     return max(1, min(wanted, cols // STRIP))
 
@@ -126,4 +128,18 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def loss(one: Launch, device: torch.device) -> None:
+    pieces = _pieces(one, device)
+    if pieces > 1:
+        programs = one.programs * pieces
+        partials = one.arguments["partials"].new_empty(one.arguments["K"], programs)
+        one.arguments.update(pieces=pieces, programs=programs, partials=partials)
     launch(one.kernel, device, **one.arguments)
+
+
+def _pieces(one: Launch, device: torch.device) -> int:
+    """How many blocks share a sequence: several where they are few and long, and their tokens apart."""
+    given = one.arguments
+    if one.kernel != "policy_loss" or given["RATIO"] != RatioOf.TOKEN or given["WHOLE"]:
+        return 1
+    tokens = given["logp"].numel() // one.programs
+    return max(1, min(-(-tokens // PIECE), 2 * multiprocessors(device) // one.programs))

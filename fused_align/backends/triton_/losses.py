@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 
@@ -23,5 +25,5 @@ def loss(launch: Launch, device: torch.device) -> None:
         KERNELS[launch.kernel][(launch.programs,)](**launch.arguments, **sizes(launch), **OPTIONS)
 
 
-def sizes(launch: Launch) -> dict[str, int]:
+def sizes(launch: Launch) -> dict[str, Any]:
     return {"ROWS": triton.next_power_of_2(launch.arguments["K"]), "BLOCK": BLOCK}
