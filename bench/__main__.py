@@ -81,7 +81,8 @@ class Job:
     bound: float | None
 
     def promised(self, row: report.Row) -> bool:
-        return self.bound is not None and str(row["provider"]).startswith("fused_align[triton")
+        names = tuple(f"fused_align[{name}," for name in kernels.NAMES)
+        return self.bound is not None and str(row["provider"]).startswith(names)
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
@@ -122,6 +123,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.suite == "kernels":
         return run_kernels(args, console, out, rounds, deadline)
     todo = jobs_of(args)
+    for name, reason in kernels.reasons(args.device).items() if args.device == "cuda" else ():
+        if reason is not None:
+            say(f"backend {name}: {reason}")
     console.print(f"{args.suite}: {SUITES[args.suite].about}. {len(todo)} cases, on {args.device}.")
     # under a limit a call of a hundredth of it is not worth repeating
     longest = min(args.max_seconds, 0.6 * limited) if limited else args.max_seconds
@@ -168,15 +172,11 @@ def run_kernels(args: argparse.Namespace, console: Console, out: Path, rounds: i
         rows.append(row)
     console.print(table("kernels", report.KERNEL_COLUMNS, map(report.cells, rows)))
     if args.candidates:
-        tried = kernels.candidates(sizes, wanted, math.inf)
+        tried = kernels.candidates(sizes, wanted)
         console.print(table("block sizes", ("kernel", "blocks", "µs", "note"), tried))
-    failed = [row for row in rows if "failed" in row]
-    for row in rows:
-        if "failed" in row:
-            say(f"failed: {row['provider']}: {row['failed']}")
-        elif row["bound"] and row["ratio"] > row["bound"]:
-            share = f"{1 / row['ratio']:.2f} of a copy's bandwidth"
-            say(f"{row['provider']} reaches {share}, less than {kernels.BOUND:g}")
+    failed = [f"failed: {row['provider']}: {row['failed']}" for row in rows if "failed" in row]
+    for line in kernels.summary(rows) + failed:
+        say(line)
     console.print(f"Rows are in {out}.", markup=False)
     return 1 if failed else 0
 
@@ -199,12 +199,13 @@ def _own_failures(job: Job, rows: list[report.Row]) -> list[str]:
 
 
 def _conclude(console: Console, rows: list[report.Row], failures: list[str], left: list[str]) -> None:
-    """What was promised and held, what failed, what there was no time for."""
+    """What was promised and held, which backend is fastest, what failed, what there was no time for."""
     lines = []
     for row in (row for row in rows if row.get("bound") and "ratio_live" in row):
-        holds = "holds" if row["ratio_live"] <= row["bound"] else "does NOT hold"
+        holds = "holds" if report.holds(row) else "does NOT hold"
         what = f"{row['provider']}, {row['mode']}, {report.setting(row)}"
         lines.append(f"{row['ratio_live']:.3f} <= {row['bound']:g} {holds}: {what}")
+    lines += report.fastest(rows)
     failed = [row for row in rows if "failed" in row and not str(row["provider"]).startswith("fused_align")]
     peers = [f"{row['provider']}, {row['mode']}: {row['failed']}" for row in failed]
     lines += [f"failed: {text}" for text in [*failures, *peers]]
@@ -215,7 +216,7 @@ def _conclude(console: Console, rows: list[report.Row], failures: list[str], lef
 
 def table(title: str, columns: Iterable[str], rows: Iterable[list[str]]) -> Table:
     found = Table(title=title, title_justify="left")
-    texts = ("case", "mode", "provider", "kernel", "blocks", "note")
+    texts = ("case", "mode", "provider", "kernel", "backend", "blocks", "note")
     for name in columns:
         found.add_column(name, justify="left" if name in texts else "right", overflow="fold")
     for row in rows:
@@ -297,7 +298,7 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         help="what it may take: first rounds are dropped, then the last cases; 0: any",
     )
-    one.add_argument("--candidates", action="store_true", help="suite kernels: time each one's block sizes")
+    one.add_argument("--candidates", action="store_true", help="suite kernels: time Triton's block sizes")
     one.add_argument("--shape", choices=sorted(SHAPES), help="the head of this model instead of the suite's")
     for name in ("rows", "hidden", "vocab"):
         one.add_argument(f"--{name}", type=int, help="instead of the suite's")

@@ -240,7 +240,7 @@ def _placed(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
 class Suite:
     """Cases, the providers they are for (globs) and the workspaces of this package's (MiB; None: its own).
 
-    bound: the ratio to the bare GEMMs that this package's triton backend is to stay within on a GPU.
+    bound: the ratio to the bare GEMMs that this package's backends of kernels are to stay within on a GPU.
     parts: suites that this one consists of, the most important first. minutes: what it may take; 0: any.
     """
 
@@ -273,7 +273,8 @@ def _sparse() -> Iterator[Case]:
 
 
 def _gpu() -> Iterator[Suite]:
-    """What is promised first, then peers at the same work, masks, peaked logits, another head."""
+    """What is promised first, by each backend in turn; then peers at the same work, masks, peaked logits,
+    another head."""
     llama = of_shape("Llama-3-8B", 16384, "bfloat16")
     gemma = Case("Gemma-2-2B", 8192, 2048, 256000, "bfloat16", "randn", "sft")
     promised = (  # mode, plan, MiB, ratio to the bare GEMMs of the plan
@@ -292,21 +293,22 @@ def _gpu() -> Iterator[Suite]:
             yield Suite(about, (replace(case, mode=mode),), names, (mib,), bound)
 
     def against(case: Case, of: str, modes: tuple[str, ...], providers: tuple[str, ...]) -> Iterator[Suite]:
-        names = ("fused_align[triton,single]", "fused_align[triton,window]", "fused_align[triton,score]",
-                 "fused_align[triton,jacobian]", *providers)  # fmt: skip
+        plans = product(kernels, ("single", "window", "score", "jacobian"))
+        names = (*(f"fused_align[{backend},{plan}]" for backend, plan in plans), *providers)
         for mode in modes:
             yield Suite(f"{of}, {mode} and peers", (replace(case, mode=mode),), names, (6144,))
 
+    kernels = ("triton", "cuda")
     peers = ("eager", "torch.compile", "liger", "liger[compiled=False]", "cce", "cce[exact]", "trl")
-    yield from held(llama, "Llama-3", ("triton", "torch"))
+    yield from held(llama, "Llama-3", (*kernels, "torch"))
     yield from against(llama, "Llama-3", ("grpo", "dpo", "score", "frozen"), peers)
     for live in (0.5, 0.25):
         some = replace(llama, live=live)
         yield from against(some, f"Llama-3, live {live:g}", ("grpo",), ("cce", "trl"))
     sft = (*peers, "liger[cross_entropy]", "quack", "torch.linear_cross_entropy[chunked]")
     yield from against(llama, "Llama-3", ("sft", "kto"), sft)
-    yield from held(replace(llama, logits="peaked"), "Llama-3, peaked", ("triton",))
-    yield from held(gemma, "Gemma-2", ("triton", "torch"))
+    yield from held(replace(llama, logits="peaked"), "Llama-3, peaked", kernels)
+    yield from held(gemma, "Gemma-2", (*kernels, "torch"))
     yield from against(gemma, "Gemma-2", ("grpo", "dpo"), peers)
 
 
@@ -334,5 +336,5 @@ SUITES = {
         (16, 64, 1024),
     ),
     "gpu": Suite("two large heads in bfloat16, for one GPU", parts=tuple(_gpu()), minutes=5.0),
-    "kernels": Suite("each elementwise kernel by itself, against the bandwidth of a copy", minutes=1.5),
+    "kernels": Suite("each elementwise kernel by itself, against the bandwidth of a copy", minutes=2.0),
 }

@@ -1,8 +1,8 @@
-"""What the suite `kernels` runs: each step of the triton backend on inputs of a real size, without its GEMM.
+"""What the suite `kernels` runs: each step that is a kernel, on inputs of a real size, without its GEMM.
 
 A Work makes its inputs from a seed, for as many sets as it takes to miss the caches, and says how many bytes
-its call must move: each input once, each output once. The call takes the steps of either backend, so that
-torch's are what the kernels' results are held against.
+its call must move: each input once, each output once. The call takes the steps of any backend: those of the
+kernels, and torch's, which their results are held against.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .providers import LOSSES
 from .reference import SEQUENCE, loss_of
 
 FLOAT, HALF = torch.float32, torch.bfloat16
+LAUNCH = 20e-6  # seconds that all launches of a loss may take together, at 16384 tokens
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,15 @@ class Made:
 
 @dataclass(frozen=True)
 class Work:
-    """name: kernel[variant]. launch: its name in tuning.py, if its block sizes stand there."""
+    """name: kernel[variant]. launch: its name in Triton's tuning.py, if its block sizes stand there.
+
+    seconds: what it is to stay below on a GPU, if its time is its launches' and not its bytes'.
+    """
 
     name: str
     make: Callable[[int], Made]
     launch: str | None = None
+    seconds: float | None = None
 
 
 def size(*tensors: Tensor | None) -> int:
@@ -116,19 +121,19 @@ class Sizes:
 
 
 @contextmanager
-def without_products(steps: Any) -> Iterator[None]:
+def without_products() -> Iterator[None]:
     """The steps find their logits where a GEMM would have left them."""
 
     def leave(out: Tensor, *_: Tensor, alpha: float = 1.0, **__: object) -> None:
         if alpha != 1:
             out.mul_(alpha)
 
-    before = torch_.gemm, steps.gemm
-    torch_.gemm = steps.gemm = leave
+    before = torch_.gemm
+    torch_.gemm = leave  # the kernels' steps call it too
     try:
         yield
     finally:
-        torch_.gemm, steps.gemm = before
+        torch_.gemm = before
 
 
 # ---- tiles ----------------------------------------------------------------------------------------------
@@ -264,8 +269,6 @@ def _added(s: Sizes, sorted_already: bool) -> Callable[[int], Made]:
     """The targets' rows of dweight, in a slice of twice as many columns as there are rows."""
 
     def make(seed: int) -> Made:
-        from fused_align.backends.triton_ import tuning
-
         x, c = s.randn(seed, s.rows, s.hidden, dtype=HALF), s.randn(seed, s.rows)
         out = torch.zeros(2 * s.rows, s.hidden, device=s.device)
         column = s.integers(seed, 2 * s.rows, s.rows)
@@ -275,7 +278,7 @@ def _added(s: Sizes, sorted_already: bool) -> Callable[[int], Made]:
             if steps is torch_ or not sorted_already:
                 steps.add_hidden_rows(out, column, x, c)
             else:
-                tuning.add_rows(
+                steps.launches.add_rows(
                     (s.rows, s.hidden), out, rising, order, c, x, None, s.rows, s.rows, *out.shape,
                     *out.stride(), *x.stride(), OPERAND=None,
                 )  # fmt: skip
@@ -319,17 +322,25 @@ def vectors(s: Sizes) -> Iterator[Work]:
     yield Work("add_products", added, "add_products")
     yield Work("finish_rows", finished, "finish_rows")
     yield Work("coefficients and compact", weighed)
+
+
+# ---- losses ---------------------------------------------------------------------------------------------
+
+
+def losses(s: Sizes) -> Iterator[Work]:
+    """Many short sequences, a few long ones, and as few as can be: a program has a sequence, or a pair."""
     for name, kernel in (("grpo", "policy_loss"), ("gspo", "policy_loss"), ("dpo", "preference_loss"),
                          ("kto", "judged_loss")):  # fmt: skip
-        yield Work(f"{kernel}[{name}]", _loss(s, name))
+        for count in dict.fromkeys((s.tokens // SEQUENCE, 8, 2 if name == "dpo" else 1)):
+            title = f"{kernel}[{name}, {count} x {s.tokens // count}]"
+            yield Work(title, _loss(s, name, count), seconds=LAUNCH if s.tokens <= 16384 else None)
 
 
-def _loss(s: Sizes, name: str) -> Callable[[int], Made]:
+def _loss(s: Sizes, name: str, count: int) -> Callable[[int], Made]:
     """A whole loss of padded log-probs: value, coefficients and the sums of its metrics."""
 
     def make(seed: int) -> Made:
-        count = s.tokens // SEQUENCE
-        shape = count, SEQUENCE
+        shape = count, s.tokens // count
         target = s.integers(seed, s.vocab, s.tokens).masked_fill(s.randn(seed, s.tokens) < -1, -100)
         logp = s.randn(seed, s.tokens).sub_(9)
         anchor = logp - 0.1 * s.randn(seed + 1, s.tokens)
@@ -345,7 +356,7 @@ def _loss(s: Sizes, name: str) -> Callable[[int], Made]:
             if steps is torch_:
                 wide = logp.double().requires_grad_()
                 plain: Any = SimpleNamespace(target=target, old_logp=anchor, ref_logp=anchor, **given)
-                return _with_gradient(loss_of(name, wide, plain, False), wide)
+                return _with_gradient(loss_of(name, wide, plain, False, shape[1]), wide)
             kernel = steps.loss_kernel(LOSSES[name], None)
             found = kernel.evaluate(logp.view(shape), batch, divisor)
             return found.loss, found.c.view(-1)
@@ -396,15 +407,15 @@ def whole_logits(s: Sizes) -> Iterator[Work]:
 
         return make
 
-    yield Work("logits forward", forward(False))
-    yield Work("logits forward[entropy]", forward(True))
-    yield Work("logits backward", backward(False))
-    yield Work("logits backward[in place]", backward(True))
+    yield Work("logit_stats", forward(False))
+    yield Work("logit_stats[entropy]", forward(True))
+    yield Work("logit_gradient", backward(False))
+    yield Work("logit_gradient[in place]", backward(True))
 
 
 def works(s: Sizes) -> list[Work]:
     """All of them, the heavy ones first."""
     found: list[Work] = []
-    for group in (exp_tiles, grad_tiles, kept_tiles, hidden_rows, whole_logits, vectors):
+    for group in (exp_tiles, grad_tiles, kept_tiles, hidden_rows, whole_logits, losses, vectors):
         found += group(s)
     return found

@@ -48,20 +48,20 @@ class Truth:
     dweight: Tensor  # [C, H]
 
 
-def loss_of(name: str, logp: Tensor, inputs: Inputs, humanline: bool) -> Tensor:
+def loss_of(name: str, logp: Tensor, inputs: Inputs, humanline: bool, length: int = SEQUENCE) -> Tensor:
     """The scalar loss from log-probs [N] (any value where ignored), as trainers write it on top of them.
 
     sft and grpo count tokens (grpo: their mean per sequence), dpo and ipo pairs, kto and gspo sequences.
     """
-    live = (inputs.target != IGNORE).view(-1, SEQUENCE)  # [S, T]
-    logp = logp.view(-1, SEQUENCE)
+    live = (inputs.target != IGNORE).view(-1, length)  # [S, T]
+    logp = logp.view(-1, length)
 
     def per_sequence(x: Tensor) -> Tensor:  # [S, T] -> [S]
         return torch.where(live, x, 0).sum(1)
 
     if name == "sft":
         return -per_sequence(logp).sum() / live.sum()
-    anchor = (inputs.old_logp if name in ("grpo", "gspo") else inputs.ref_logp).view(-1, SEQUENCE)
+    anchor = (inputs.old_logp if name in ("grpo", "gspo") else inputs.ref_logp).view(-1, length)
     ratio = logp - anchor.to(logp.dtype)
     if humanline:
         ratio = ratio.clamp(*HUMANLINE)

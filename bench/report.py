@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ CASE = tuple(field.name for field in fields(Case))
 SETTING = tuple(name for name in CASE if name != "mode")
 MIB = 2**20
 KERNEL = "kernel"  # the mode of rows of bench/kernels.py
+SLOWER = 1.02  # times another's: below it may be noise
 
 
 def read(path: str | Path) -> list[Row]:
@@ -69,7 +71,18 @@ def _setting_order(row: Row) -> tuple:
 # ---- tables ---------------------------------------------------------------------------------------------
 
 COLUMNS = ("mode", "provider", "G", "seconds", "p20-p80", "ratio", "extra MiB", "value", "gradients", "note")
-KERNEL_COLUMNS = ("kernel", "µs", "p20-p80", "host µs", "MiB", "GB/s", "share of copy", "error", "note")
+KERNEL_COLUMNS = (
+    "kernel",
+    "backend",
+    "µs",
+    "p20-p80",
+    "host µs",
+    "MiB",
+    "GB/s",
+    "share of copy",
+    "error",
+    "note",
+)
 
 
 def columns(rows: list[Row]) -> tuple[str, ...]:
@@ -77,18 +90,27 @@ def columns(rows: list[Row]) -> tuple[str, ...]:
     return KERNEL_COLUMNS if rows and rows[0]["mode"] == KERNEL else COLUMNS
 
 
+def holds(row: Row) -> bool | None:
+    """Whether a row is within what was promised of it; None if nothing was."""
+    if row.get("most_seconds"):
+        return row["seconds"] < row["most_seconds"]
+    return row.get("ratio_live", row["ratio"]) <= row["bound"] if row.get("bound") else None
+
+
 def _kernel_cells(row: Row) -> list[str]:
     """A row as the texts of KERNEL_COLUMNS. host: what the launch takes before the device may begin."""
+    backend, _, kernel = str(row["provider"]).partition(":")
     if row.get("failed"):
-        return [str(row["provider"]), *[""] * (len(KERNEL_COLUMNS) - 2), f"failed: {row['failed']}"]
+        return [kernel, backend, *[""] * (len(KERNEL_COLUMNS) - 3), f"failed: {row['failed']}"]
     micro = [
         f"{float(row[name]) * 1e6:.1f}" for name in ("seconds", "seconds_p20", "seconds_p80", "host_seconds")
     ]
-    moved = float(row["moved_bytes"])
+    moved, held = float(row["moved_bytes"]), holds(row)
+    verdict = "" if held is None else "holds" if held else "does NOT hold"
     return [
-        str(row["provider"]), micro[0], f"{micro[1]}-{micro[2]}", micro[3], f"{moved / MIB:.3g}",
+        kernel, backend, micro[0], f"{micro[1]}-{micro[2]}", micro[3], f"{moved / MIB:.3g}",
         f"{moved / float(row['seconds']) / 1e9:.0f}", f"{1 / float(row['ratio']):.2f}",
-        f"{row['error_value']:.1e}", str(row.get("note") or ""),
+        f"{row['error_value']:.1e}", ", ".join(filter(None, (row.get("note"), verdict))),
     ]  # fmt: skip
 
 
@@ -133,7 +155,7 @@ def markdown(rows: list[Row]) -> str:
     parts = []
     for group in groups.values():
         names = columns(group)
-        numbers = [name not in ("mode", "provider", "kernel", "note") for name in names]
+        numbers = [name not in ("mode", "provider", "kernel", "backend", "note") for name in names]
         lines = [f"**{setting(group[0])}**", "", _line(names)]
         lines.append(_line(["---:" if right else "---" for right in numbers]))
         lines += [_line(text.replace("|", "\\|") for text in cells(row)) for row in group]
@@ -267,6 +289,49 @@ def _change(before: list[Row], after: list[Row], name: str) -> float | None:
 def _worst(rows: list[Row]) -> float:
     names = ("error_value", "error_dhidden", "error_dweight")
     return max(float(row[name]) for row in rows for name in names if name in row)
+
+
+# ---- backends -------------------------------------------------------------------------------------------
+
+
+def fastest(rows: list[Row]) -> list[str]:
+    """Per case the backends of this package from the fastest on, each by its best plan; then cuda's times and
+    triton's by the same plans, from which follows what `auto` should take first."""
+    cases: dict[tuple, dict[str, tuple[float, str]]] = {}
+    same: dict[tuple[str, object], float] = {}
+    for row in rows:
+        named = re.fullmatch(r"fused_align\[(\w+),(.*)\]", str(row["provider"]))
+        if named is None or "seconds" not in row or "failed" in row:
+            continue
+        (backend, plan), case = named.groups(), tuple(row[name] for name in CASE)
+        found = cases.setdefault((f"{row['mode']}, {setting(row)}", case), {})
+        found[backend] = min(found.get(backend, (math.inf, "")), (float(row["seconds"]), plan))
+        at = backend, f"{plan}: {row['mode']}, {setting(row)}"
+        same[at] = min(same.get(at, math.inf), float(row["seconds"]))
+    lines = []
+    for (title, _), found in cases.items():
+        (best, (seconds, plan)), *others = sorted(found.items(), key=lambda item: item[1])
+        rest = "".join(f"; {name} {other / seconds:.3f} ({by})" for name, (other, by) in others)
+        if others:
+            lines.append(f"fastest: {best} {seconds * 1e3:.4g} ms ({plan}){rest}: {title}")
+    return lines + compared_times(same)
+
+
+def compared_times(seconds: dict[tuple[str, Any], float]) -> list[str]:
+    """How cuda's times and triton's compare, from seconds by backend and what was timed; [] without both."""
+    ratios = {
+        what: cuda / seconds["triton", what]
+        for (name, what), cuda in seconds.items()
+        if name == "cuda" and ("triton", what) in seconds
+    }
+    if not ratios:
+        return []
+    mean = math.exp(statistics.fmean(map(math.log, ratios.values())))
+    slower = [f"{what} ({ratio:.2f})" for what, ratio in ratios.items() if ratio > SLOWER]
+    line = f"cuda takes {mean:.3f} of triton's time, the geometric mean of {len(ratios)}"
+    return [
+        f"{line}; longer in none" if not slower else f"{line}; longer in {len(slower)}: {'; '.join(slower)}"
+    ]
 
 
 # ---- plot -----------------------------------------------------------------------------------------------

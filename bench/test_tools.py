@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if not torch.cuda.is_available():  # as tests/conftest.py has it; Triton looks when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import kernels as kernel_tests  # of tests/
+
+from fused_align import backends
+from fused_align.backends import torch_
 
 from . import kernel_works, kernels, measure, providers, reference, report
 from .cases import MODES, SUITES, Case, Inputs, make_inputs, without_reference
@@ -101,8 +110,8 @@ def test_provider_is_exact(case: Case, name: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_own_plans_in_bfloat16_are_no_worse_than_eager(mode: str) -> None:
     case = replace(TINY, mode=mode, dtype="bfloat16")
-    # Triton's interpreter would take minutes for the rounds; tests/ has its bfloat16
-    own: list[Provider] = [p for p in ALL.values() if isinstance(p, Ours) and p.backend != "triton"]
+    # Triton's interpreter would take minutes for the rounds; tests/ has the kernels' bfloat16
+    own: list[Provider] = [p for p in ALL.values() if isinstance(p, Ours) and p.backend not in kernels.NAMES]
     rows = measure.run_case(case, own, QUICK, print)
     assert rows and not any(row["note"] for row in rows)
 
@@ -221,45 +230,53 @@ def test_cases_that_there_is_no_time_for_are_named(
 # ---- kernels --------------------------------------------------------------------------------------------
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_triton = pytest.mark.skipif(
-    kernels.why_not(DEVICE) is not None, reason="Triton needs a GPU or TRITON_INTERPRET=1"
-)
 SMALL = kernel_works.Sizes(256, 32, 256, 64, 64, DEVICE)
 
 
-@needs_triton
-@pytest.mark.parametrize("work", kernel_works.works(SMALL), ids=lambda work: work.name)
-def test_kernels_agree_with_torch_and_know_their_bytes(work: kernel_works.Work) -> None:
-    from fused_align.backends.triton_ import steps
+@pytest.fixture(params=kernels.NAMES)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each backend of kernels: on a GPU, or by Triton's interpreter and the emulation of tests/."""
+    kernel_tests.use(request.param, monkeypatch, torch.device(DEVICE))
+    return request.param
 
-    gemm = steps.gemm
-    error, bad = kernels.compared(work, steps)
-    assert bad is None and error < 4e-3 and steps.gemm is gemm
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in kernels.NAMES:
+        kernel_tests.use(name, monkeypatch, torch.device(DEVICE))
+
+
+@pytest.mark.parametrize("work", kernel_works.works(SMALL), ids=lambda work: work.name)
+def test_kernels_agree_with_torch_and_know_their_bytes(work: kernel_works.Work, backend: str) -> None:
+    gemm = torch_.gemm
+    error, bad = kernels.compared(work, backends.steps(backend))
+    assert bad is None and error < 4e-3 and torch_.gemm is gemm
     assert work.make(1).nbytes > 1000
 
 
-@needs_triton
-def test_a_kernel_beyond_the_gate_is_not_timed() -> None:
-    from fused_align.backends.triton_ import steps
-
-    def make(seed: int) -> kernel_works.Made:
-        return kernel_works.Made(lambda of: (torch.full((4,), 1.0 + (of is steps)),), 16)
+def test_a_kernel_that_fails_or_is_beyond_the_gate_is_not_timed() -> None:
+    def call(of: object) -> tuple[Tensor]:
+        if of == "broken":
+            raise RuntimeError("it can't be launched")
+        return (torch.full((4,), 2.0 if of == "wrong" else 1.0),)
 
     copy = kernels.copies(DEVICE, 1024)
-    row = kernels.measure(kernel_works.Work("twice", make), steps, copy, 2048, SMALL, 5)
-    assert "beyond the gate: output 0" in row["failed"] and "seconds" not in row
+    work = kernel_works.Work("twice", lambda seed: kernel_works.Made(call, 16))
+    using = {"cuda": "wrong", "torch": "right", "triton": "broken"}
+    wrong, right, broken = kernels.measure(work, using, copy, 2048, SMALL, 5)
+    assert "beyond the gate: output 0" in wrong["failed"] and "seconds" not in wrong
+    assert broken["failed"] == "RuntimeError: it can't be launched" and "seconds" not in broken
+    assert right["provider"] == "torch:twice" and right["seconds"] > 0 and "failed" not in right
 
 
-@needs_triton
-def test_every_kernel_with_block_sizes_is_measured() -> None:
+def test_every_kernel_with_block_sizes_is_measured(both: None) -> None:
     from fused_align.backends.triton_ import tuning
 
     measured = {work.launch for work in kernel_works.works(SMALL)}
     assert {name for name, launch in tuning.launches() if launch.others} <= measured
 
 
-@needs_triton
-def test_the_command_line_of_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_of_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str], both: None) -> None:
     pytest.importorskip("rich", reason="the command line prints with rich; pip install '.[bench]'")
     from fused_align.backends.triton_ import tuning
 
@@ -267,36 +284,94 @@ def test_the_command_line_of_kernels(tmp_path: Path, capsys: pytest.CaptureFixtu
 
     out, before = str(tmp_path / "kernels.jsonl"), tuning.scaled_rows
     asked = ["--rows", "256", "--hidden", "32", "--vocab", "128", "--rounds", "5", "--out", out]
-    asked += ["--device", DEVICE, "--providers", "scaled_rows", "finish*"]
+    asked += ["--device", DEVICE, "--providers", "scaled_rows", "cuda:finish*"]
     assert main(["run", "--suite", "kernels", *asked, "--candidates"]) == 0
     said = capsys.readouterr().out
     assert "default" in said and "best" in said and tuning.scaled_rows is before
-    assert [row["provider"] for row in report.read(out)] == ["scaled_rows", "finish_rows"]
+    assert "cuda takes" in said and "of triton's time, the geometric mean of 1" in said
+    assert [row["provider"] for row in report.read(out)] == [
+        "triton:scaled_rows", "cuda:scaled_rows", "cuda:finish_rows"
+    ]  # fmt: skip
     assert main(["compare", out, out, "--fail-above", "5"]) == 0
     assert main(["table", out]) == 0
-    assert "| scaled_rows |" in capsys.readouterr().out
+    assert "| scaled_rows | cuda |" in capsys.readouterr().out
 
 
 def test_the_suite_of_kernels_says_what_it_needs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    pytest.importorskip("rich", reason="the command line prints with rich; pip install '.[bench]'")
     from .__main__ import main
 
-    monkeypatch.setattr(kernels, "why_not", lambda device: "triton is not installed")
-    assert main(["run", "--suite", "kernels", "--device", "cpu"]) == 1
+    monkeypatch.setattr(
+        kernels, "reasons", lambda device: {"triton": "it is not installed", "cuda": "no nvcc"}
+    )
+    assert main(["run", "--suite", "kernels", "--device", "cpu", "--out", str(tmp_path / "rows")]) == 1
     said = " ".join(capsys.readouterr().err.split())
-    assert "needs the triton backend, but triton is not installed" in said
+    assert (
+        "needs a backend of kernels, and there is none: triton: it is not installed; cuda: no nvcc." in said
+    )
+
+
+def kernel_row(provider: str, seconds: float, **changes: object) -> report.Row:
+    row = row_of(provider, report.KERNEL, seconds=seconds, seconds_p20=9e-5, seconds_p80=1.1e-4, ratio=1.25)
+    del row["ratio_live"]
+    return row | {"host_seconds": 2e-5, "moved_bytes": 400_000_000, "error_value": 1e-7, **changes}
 
 
 def test_a_kernels_row_in_a_table() -> None:
-    row = row_of(
-        "exp_tile[sums]", report.KERNEL, seconds=1e-4, seconds_p20=9e-5, seconds_p80=1.1e-4, ratio=1.25
-    )
-    row |= {"host_seconds": 2e-5, "moved_bytes": 400_000_000, "error_value": 1e-7}
-    lines = report.markdown([row, {**row, "provider": "bad", "failed": "it is off"}]).splitlines()
-    assert lines[4:6] == [
-        "| exp_tile[sums] | 100.0 | 90.0-110.0 | 20.0 | 381 | 4000 | 0.80 | 1.0e-07 |  |",
-        "| bad |  |  |  |  |  |  |  | failed: it is off |",
+    row = kernel_row("cuda:exp_tile[sums]", 1e-4)
+    rows = [
+        row,
+        {**row, "provider": "triton:slow", "bound": 1.2},
+        {**row, "provider": "cuda:bad", "failed": "it is off"},
+    ]
+    lines = report.markdown(rows).splitlines()
+    assert lines[4:7] == [
+        "| exp_tile[sums] | cuda | 100.0 | 90.0-110.0 | 20.0 | 381 | 4000 | 0.80 | 1.0e-07 |  |",
+        "| slow | triton | 100.0 | 90.0-110.0 | 20.0 | 381 | 4000 | 0.80 | 1.0e-07 | does NOT hold |",
+        "| bad | cuda |  |  |  |  |  |  |  | failed: it is off |",
+    ]
+
+
+def test_what_kernels_are_to_reach_is_counted() -> None:
+    bound = 1 / kernels.BOUND
+    found = kernels.summary([
+        kernel_row("triton:a", 1e-4, bound=bound),
+        kernel_row("cuda:a", 2e-4, bound=bound, ratio=1.1),
+        kernel_row("triton:loss", 4e-5, most_seconds=2e-5),
+        kernel_row("cuda:loss", 1e-5, most_seconds=2e-5),
+        kernel_row("cuda:small", 1e-6),
+        {**kernel_row("cuda:bad", 1e-6), "failed": "it is off"},
+    ])  # fmt: skip
+    assert found == [
+        "does NOT hold: triton:a reaches 0.80 of a copy's bandwidth, less than 0.85",
+        "does NOT hold: triton:loss takes 40.0 µs, not less than 20",
+        "triton: 0 of 1 kernels reach 85% of a copy's bandwidth",
+        "triton: 0 of 1 losses take less than 20 µs",
+        "cuda: 1 of 1 kernels reach 85% of a copy's bandwidth",
+        "cuda: 1 of 1 losses take less than 20 µs",
+        "cuda takes 0.707 of triton's time, the geometric mean of 2; longer in 1: a (2.00)",
+    ]
+
+
+def test_the_fastest_backend_of_each_case_is_named() -> None:
+    found = report.fastest([
+        row_of("fused_align[triton,score]", "score", seconds=0.2),
+        row_of("fused_align[triton,fused]", "score", seconds=0.08),
+        row_of("fused_align[cuda,score]", "score", seconds=0.1),
+        row_of("fused_align[torch,score]", "score", seconds=0.3),
+        row_of("fused_align[cuda,window,6144MiB]", "dpo", seconds=0.3),
+        row_of("fused_align[triton,window,6144MiB]", "dpo", seconds=0.15),
+        row_of("fused_align[torch,window,6144MiB]", "dpo", failed="it ran out of memory"),
+        row_of("eager", "dpo", seconds=0.01), row_of("fused_align[cuda,single]", seconds=0.1),
+    ])  # fmt: skip
+    setting = report.setting(row_of())
+    assert found == [
+        f"fastest: triton 80 ms (fused); cuda 1.250 (score); torch 3.750 (score): score, {setting}",
+        f"fastest: triton 150 ms (window,6144MiB); cuda 2.000 (window,6144MiB): dpo, {setting}",
+        "cuda takes 1.000 of triton's time, the geometric mean of 2; longer in 1: "
+        f"window,6144MiB: dpo, {setting} (2.00)",
     ]
 
 

@@ -113,6 +113,8 @@ template <typename T>
 struct Piece {
     uint4 bits[PIECE * sizeof(T) / 16];
 
+    Piece() = default;
+
     /// In 16-byte loads: the address is a multiple of 16.
     HOST_DEVICE explicit Piece(const T* from) {
 #pragma unroll

@@ -25,7 +25,8 @@ int64_t blocks_of_rows(int64_t rows) {
 
 // ---- scaled_rows ---------------------------------------------------------------------------------------
 
-/// out = coef * x, rounded to out's type. Reads x and writes out once. 256 threads of at most 64 registers.
+/// out = coef * x, rounded to out's type. Reads x and writes out once. At most 48 registers: 5
+/// blocks of 256 threads.
 template <typename X, typename O, typename W>
 __global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 2 : 4)
     scaled_rows_kernel(const Matrix<const X> x,  // [r, H]
@@ -63,7 +64,7 @@ void scaled_rows(Device on, Array x, Array coef, Array out, int64_t rows, int64_
 
 namespace {
 
-/// product *= factor / Z. Reads and writes it once. 256 threads of at most 64 registers.
+/// product *= factor / Z. Reads and writes it once. At most 40 registers: 6 blocks of 256 threads.
 template <typename W>
 __global__ void __launch_bounds__(THREADS) close_product_kernel(const Matrix<W> product,  // [r, H] in place
                                                                 const W* z,               // [r]
@@ -114,7 +115,7 @@ struct StoreHidden {
 };
 
 /// out[index] = scale * product + coef * weight[target] + on_average * average. Reads two rows and writes
-/// one. 256 threads of at most 64 registers.
+/// one. At most 64 registers: 4 blocks of 256 threads.
 template <typename V, typename O, typename W>
 __global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 2 : 4)
     store_hidden_kernel(const StoreHidden<V, O, W> a, int64_t rows, int64_t hidden) {
@@ -185,7 +186,8 @@ struct AddRows {
 /// out[column] += coef * x, in the order of the list: the block of the first row of a column adds up all of
 /// that column's, the blocks of the others end at once.
 ///
-/// Reads n rows, reads and writes as many rows of out as there are columns. Threads of at most 64 registers.
+/// Reads n rows, reads and writes as many rows of out as there are columns. At most 64 registers: 4
+/// blocks of 256 threads.
 template <typename X, typename W>
 __global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 2 : 4) add_rows_kernel(const AddRows<X, W> a) {
     const int64_t first = blockIdx.x / a.parts;

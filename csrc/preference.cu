@@ -116,7 +116,7 @@ struct Pairs {
     const double* params;
     // sums: loss, live tokens, strictly inside; both sides' log-probs, and rewards; accuracies, margins
     Results out;
-    PairLoss kind;
+    Pair kind;
     Score score;
     bool mean;
 };
@@ -224,7 +224,7 @@ void preference_loss(Device on, Array logp, Array ref, Array token_weight, Array
                      margin,
                      data_of<const double>(params),
                      {divisor, partials, counter, sums, programs, count},
-                     static_cast<PairLoss>(kind),
+                     static_cast<Pair>(kind),
                      static_cast<Score>(score),
                      mean};
     const bool single = all_single({logp, ref, token_weight, c});

@@ -10,7 +10,7 @@ namespace fused_align {
 // The numbers are those of fused_align/backends.
 /// The score of a sequence from its sum or mean x: x; (e^(power x) - 1) / power; log 2 + log s(x).
 enum class Score : int { plain, power, js };
-enum class PairLoss : int { logistic, square, hinge, exo, nca, bco, sppo, apo_zero, apo_down, disco };
+enum class Pair : int { logistic, square, hinge, exo, nca, bco, sppo, apo_zero, apo_down, disco };
 
 struct PairParams {
     double scale;  // beta
@@ -86,37 +86,37 @@ HOST_DEVICE PairTerm disco(double m, double scale, double tau) {
 }
 
 /// The `pair` of the losses on pairs; scale: beta; weight: of MADPO.
-HOST_DEVICE PairTerm pair_term(double chosen, double rejected, double scale, double weight, PairLoss kind,
+HOST_DEVICE PairTerm pair_term(double chosen, double rejected, double scale, double weight, Pair kind,
                                const double* own) {
     const double x = scale * chosen, y = scale * rejected, m = scale * (chosen - rejected);
     switch (kind) {
-        case PairLoss::logistic:
+        case Pair::logistic:
             return logistic(chosen, rejected, scale, weight, own);
-        case PairLoss::square: {  // own: aim
+        case Pair::square: {  // own: aim
             const double away = chosen - rejected - own[0];
             return {away * away, 2.0 * away, -2.0 * away};
         }
-        case PairLoss::hinge: {
+        case Pair::hinge: {
             const bool closed = m >= 1.0;  // NaN stays NaN
             return scaled(scale, closed ? 0.0 : 1.0 - m, closed ? 0.0 : -1.0, closed ? 0.0 : 1.0);
         }
-        case PairLoss::exo: {  // own: log(1 - eps), log eps
+        case Pair::exo: {  // own: log(1 - eps), log eps
             const double p = sigmoid(m), q = sigmoid(-m), dx = p * q * (m - own[0] + own[1]);
             return scaled(scale, p * (log_sigmoid(m) - own[0]) + q * (log_sigmoid(-m) - own[1]), dx, -dx);
         }
-        case PairLoss::nca:
+        case Pair::nca:
             return scaled(scale, -log_sigmoid(x) - 0.5 * log_sigmoid(-x) - 0.5 * log_sigmoid(-y),
                           0.5 * sigmoid(x) - sigmoid(-x), 0.5 * sigmoid(y));
-        case PairLoss::bco:
+        case Pair::bco:
             return scaled(scale, -log_sigmoid(x) - log_sigmoid(-y), -sigmoid(-x), sigmoid(y));
-        case PairLoss::sppo: {  // own: aim
+        case Pair::sppo: {  // own: aim
             const double dx = chosen - own[0], dy = rejected + own[0];
             return scaled(2.0, dx * dx + dy * dy, dx, dy);
         }
-        case PairLoss::apo_zero:
+        case Pair::apo_zero:
             return scaled(scale, sigmoid(-x) + sigmoid(y), -sigmoid(x) * sigmoid(-x),
                           sigmoid(y) * sigmoid(-y));
-        case PairLoss::apo_down: {
+        case Pair::apo_down: {
             const double dy = sigmoid(m) * sigmoid(-m);
             return scaled(scale, sigmoid(x) + sigmoid(-m), sigmoid(x) * sigmoid(-x) - dy, dy);
         }

@@ -24,8 +24,8 @@ struct OpenRows {
 
 /// The targets' logits by gather and dot, and the references from them; see `torch_.open_rows`.
 ///
-/// A warp per row, eight rows in a block; reads two rows of H elements for each. 256 threads of at most 64
-/// registers.
+/// A warp per row, eight rows in a block; reads two rows of H elements for each. At most 64 registers: 4
+/// blocks of 256 threads.
 template <typename X, typename V, typename W>
 __global__ void __launch_bounds__(THREADS) open_rows_kernel(const OpenRows<X, V> a,
                                                             W* z,      // [r] out, as the following

@@ -124,8 +124,9 @@ __device__ __forceinline__ bool gather_strips(double* partials, int* counters, c
 
 /// E of a tile and its sums; see `torch_.exp_tile`. MORE: sums besides the total.
 ///
-/// Moves sizeof(L) bytes per logit, and sizeof(O) where E is written. 256 threads of at most 64 registers: 4
-/// blocks or more on a multiprocessor, each thread with 64 bytes of float32 under way (32 of bfloat16).
+/// Moves sizeof(L) bytes per logit, and sizeof(O) where E is written. At most 80 registers without further
+/// sums and a cap: 3 blocks of 256 threads, 48 KiB on their way per multiprocessor; 112 with all of them, 2
+/// blocks.
 template <typename L, typename O, typename W, bool CAP, bool MORE>
 __global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 1 : 2)
     exp_tile_kernel(const ExpTile<L, O, W> a, const Share share) {
@@ -243,9 +244,11 @@ struct GradTile {
 
 /// What the gradient GEMMs take of a tile; see `torch_.grad_tile`.
 ///
-/// Moves sizeof(L) + sizeof(O) bytes per logit, without any wait. 256 threads of at most 64 registers.
+/// Moves sizeof(L) + sizeof(O) bytes per logit. At most 80 registers, 88 with a cap: 3 blocks of 256 threads,
+/// or 2, and 48 KiB, or 32, on their way per multiprocessor.
 template <typename L, typename O, typename W, bool CAP>
-__global__ void __launch_bounds__(THREADS) grad_tile_kernel(const GradTile<L, O, W> a, const Share share) {
+__global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 1 : 2)
+    grad_tile_kernel(const GradTile<L, O, W> a, const Share share) {
     const Strip at(share);
     if (!at.here) return;
     const int64_t r = at.row, y = a.target[r] - a.start;
@@ -325,9 +328,11 @@ struct KeptTile {
 
 /// The same of a tile that was kept; see `torch_.kept_tile`.
 ///
-/// Moves 2 sizeof(T) bytes per element, without any wait. 256 threads of at most 64 registers.
+/// Moves 2 sizeof(T) bytes per element. At most 64 registers: 4 blocks of 256 threads, 64 KiB on their way
+/// per multiprocessor.
 template <typename T, typename W>
-__global__ void __launch_bounds__(THREADS) kept_tile_kernel(const KeptTile<T, W> a, const Share share) {
+__global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 1 : 2)
+    kept_tile_kernel(const KeptTile<T, W> a, const Share share) {
     const Strip at(share);
     if (!at.here) return;
     const int64_t r = at.row, place = a.live ? a.live[r] : r;
@@ -372,7 +377,8 @@ constexpr int PIECES = 8, LINES = THREADS / PIECES;  // a block: 64 columns, 32 
 
 /// out += coef @ tile: dbias. A block sums all rows of 64 columns, 128 bytes or more of each.
 ///
-/// Moves sizeof(T) bytes per element. 256 threads, 8.5 or 17 KiB of shared memory.
+/// Moves sizeof(T) bytes per element. At most 40 registers, 8.1 KiB of shared memory: 6 blocks of 256
+/// threads.
 template <typename T, typename W>
 __global__ void __launch_bounds__(THREADS) add_products_kernel(W* out,         // [v] added to
                                                                const T* tile,  // [r, v]

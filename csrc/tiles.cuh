@@ -47,23 +47,27 @@ struct Strip {
 
     /// body(column, piece, low, high) for every piece of the row that begins at `from`: elements low to high
     /// of the piece are columns of the strip, element 0 stands at `column`. Pieces begin at multiples of 16
-    /// bytes wherever the row does, and each is loaded before the one ahead of it is used.
+    /// bytes wherever the row does. A thread has the next 64 bytes under way while it works on a piece.
     template <typename W, typename T, typename Body>
     __device__ __forceinline__ void for_pieces(const T* from, Body body) const {
-        constexpr int EACH = 16 / sizeof(T);
+        constexpr int EACH = 16 / sizeof(T), AHEAD = 64 / (PIECE * sizeof(T));
         const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(from) / sizeof(T) % EACH);
         const int step = lanes * PIECE;
         int column = first - (first + skew) % EACH + lane * PIECE;
-        if (column >= stop) return;
-        Piece<T> ahead = piece_at(from, column);
+        Piece<T> ahead[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i)
+            if (column + i * step < stop) ahead[i] = piece_at(from, column + i * step);
         while (true) {
-            W piece[PIECE];
-            ahead.widen(piece);
-            const int next = column + step;
-            if (next < stop) ahead = piece_at(from, next);
-            body(column, piece, max(first - column, 0), min(stop - column, PIECE));
-            if (next >= stop) return;
-            column = next;
+#pragma unroll
+            for (int i = 0; i < AHEAD; ++i, column += step) {
+                if (column >= stop) return;
+                W piece[PIECE];
+                ahead[i].widen(piece);
+                const int next = column + AHEAD * step;
+                if (next < stop) ahead[i] = piece_at(from, next);
+                body(column, piece, max(first - column, 0), min(stop - column, PIECE));
+            }
         }
     }
 

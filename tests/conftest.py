@@ -37,6 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each backend of kernels in turn, on the module's DEVICE, else where tensors are made by default."""
+    import kernels
+
+    kernels.use(request.param, monkeypatch, getattr(request.module, "DEVICE", None))
+    return request.param
+
+
 @pytest.fixture
 def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 3 rows and 4 columns, so that problems small enough for differences have many of them."""

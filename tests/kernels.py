@@ -1,6 +1,7 @@
 """The backends whose steps are kernels, and how a test runs on one.
 
-On a CPU Triton's interpreter runs those of triton (conftest.py asks for it), and `emulated` those of cuda.
+On a CPU Triton's interpreter runs those of triton (conftest.py asks for it), and `emulated` those of cuda. A
+test with the fixture `backend` (conftest.py) runs on each.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from fused_align.backends import cuda_
 BACKENDS = ("triton", "cuda")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
-
 
 def why_not(name: str, device: torch.device = DEVICE) -> str | None:
     """A sentence if tests of a backend can't run here."""
@@ -29,9 +28,9 @@ def why_not(name: str, device: torch.device = DEVICE) -> str | None:
     return dict(backends.table(device))[name]
 
 
-def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes it what "auto" takes."""
-    device = torch.get_default_device()
+def use(name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device | None = None) -> None:
+    """Makes it what "auto" takes, of tensors on this device: where a test's are made by default."""
+    device = device or torch.get_default_device()
     reason = why_not(name, device)
     if reason is not None:
         pytest.skip(reason)

@@ -1,7 +1,8 @@
-"""`stats_from_logits` and `logp_from_logits`: statistics, gradients, gradients in place, on both backends."""
+"""`stats_from_logits` and `logp_from_logits`: statistics, gradients, gradients in place, on every backend."""
 
 from __future__ import annotations
 
+import kernels
 import pytest
 import torch
 from cases import randn
@@ -9,11 +10,15 @@ from tolerances import check_grad, check_like_torch, check_logp
 from torch import Tensor
 
 import fused_align as fa
-from fused_align.backends import triton_
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-REASON = triton_.why_not(torch.get_default_device())
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(REASON is not None, reason=str(REASON)))]
+
+
+@pytest.fixture(params=["torch", *kernels.BACKENDS])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param != "torch":
+        kernels.use(request.param, monkeypatch)
+    return request.param
 
 
 def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,7 +38,6 @@ def truth(logits: Tensor, target: Tensor, temperature: Tensor) -> tuple[Tensor, 
     return tuple(torch.where(live, x, 0) for x in found)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_output(dtype: torch.dtype, overwrite: bool, backend: str):
@@ -59,7 +63,6 @@ def test_every_output(dtype: torch.dtype, overwrite: bool, backend: str):
     assert torch.equal(ours.grad[1, 2], torch.zeros(131, dtype=dtype))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_in_place_takes_no_memory(backend: str):
     logits, target, _ = problem(torch.float32)
     leaf = logits.clone().requires_grad_()
@@ -71,7 +74,6 @@ def test_a_gradient_in_place_takes_no_memory(backend: str):
     assert torch.equal(grad, want)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_overwritten_logits_are_not_read_again(backend: str):
     logits, target, _ = problem(torch.float32)
     value = fa.logp_from_logits(logits.requires_grad_() * 1, target, backend=backend, overwrite=True).sum()
@@ -80,7 +82,6 @@ def test_overwritten_logits_are_not_read_again(backend: str):
         value.backward()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_shifted_logits_are_read_where_they_lie(overwrite: bool, backend: str):
     """[B, T - 1, V] of [B, T, V]: no matrix, and not copied to be one. What is not in the view stays."""
@@ -103,7 +104,6 @@ def test_shifted_logits_are_read_where_they_lie(overwrite: bool, backend: str):
     assert torch.equal(made[:, -1], logits[:, -1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(), (0,), (4, 0), (1,)], ids=str)
 def test_few_or_no_positions(shape: tuple[int, ...], backend: str):
     logits = randn(*shape, 7, seed=3).requires_grad_()
@@ -118,5 +118,5 @@ def test_few_or_no_positions(shape: tuple[int, ...], backend: str):
 
 def test_eager_is_refused():
     logits, target, _ = problem(torch.float32)
-    with pytest.raises(ValueError, match='"torch" or "triton"; got "eager"'):
+    with pytest.raises(ValueError, match='"triton" or "cuda"; got "eager"'):
         fa.logp_from_logits(logits, target, backend="eager")

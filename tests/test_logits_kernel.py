@@ -1,22 +1,25 @@
-"""The kernels over logits that exist already, against log_softmax in float64."""
+"""The kernels over logits that exist already, of each backend, against log_softmax in float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from kernels import DEVICE
 from oracles_base import IGNORE
 from tolerances import CONFIDENT, check_grad, check_like_torch, check_logp
 from torch import Tensor
 
-from fused_align.backends import triton_
-
-kernels = pytest.importorskip("fused_align.backends.triton_.logits", exc_type=ImportError)
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = pytest.mark.skipif(triton_.why_not(DEVICE) is not None, reason=str(triton_.why_not(DEVICE)))
+from fused_align import backends
+from fused_align.backends import Steps
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(1, 1), (5, 7), (37, 131), (20, 777)]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture
+def steps(backend: str) -> Steps:
+    return backends.steps(backend)
 
 
 def case(rows: int, vocab: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -57,12 +60,12 @@ def check(found: tuple, want: tuple[Tensor, ...], dtype: torch.dtype) -> None:
 @every_dtype
 @pytest.mark.parametrize("rows, vocab", SIZES)
 @pytest.mark.parametrize("per_row", [False, True], ids=["scalar", "per row"])
-def test_forward(rows: int, vocab: int, dtype: torch.dtype, per_row: bool):
+def test_forward(steps: Steps, rows: int, vocab: int, dtype: torch.dtype, per_row: bool):
     z, y = case(rows, vocab, dtype)
     inverse = 1 / heat(rows, dtype) if per_row else None
-    found = kernels.logit_stats(z, y, inverse, 1.0 if per_row else 1 / 0.7, entropy=True)
+    found = steps.logit_stats(z, y, inverse, 1.0 if per_row else 1 / 0.7, entropy=True)
     check(found, truth(z, y, 1 / 0.7 if inverse is None else inverse), dtype)
-    again = kernels.logit_stats(z, y, inverse, 1.0 if per_row else 1 / 0.7)
+    again = steps.logit_stats(z, y, inverse, 1.0 if per_row else 1 / 0.7)
     assert again.entropy is None
     for name in ("logp", "lse", "largest", "total"):
         assert torch.equal(getattr(found, name), getattr(again, name)), name
@@ -71,7 +74,7 @@ def test_forward(rows: int, vocab: int, dtype: torch.dtype, per_row: bool):
 @every_dtype
 @pytest.mark.parametrize("rows, vocab", SIZES)
 @pytest.mark.parametrize("given", ["logp", "logp lse", "logp entropy", "logp lse entropy"])
-def test_backward(rows: int, vocab: int, dtype: torch.dtype, given: str):
+def test_backward(steps: Steps, rows: int, vocab: int, dtype: torch.dtype, given: str):
     z, y = case(rows, vocab, dtype)
     inverse = 1 / heat(rows, dtype)
     maker = torch.Generator().manual_seed(9)
@@ -83,9 +86,9 @@ def test_backward(rows: int, vocab: int, dtype: torch.dtype, given: str):
     exact = z.double().requires_grad_()
     stats = truth(exact, y, inverse)
     sum((c * s).sum() for c, s in zip(coefs, stats, strict=True) if c is not None).backward()  # type: ignore[union-attr]
-    found = kernels.logit_stats(z, y, inverse, 1.0, entropy="entropy" in given)
+    found = steps.logit_stats(z, y, inverse, 1.0, entropy="entropy" in given)
     out = torch.full_like(z, torch.nan)
-    kernels.logit_gradient(*coefs, z, y, found, inverse, 1.0, out=out)  # type: ignore[arg-type]
+    steps.logit_gradient(*coefs, z, y, found, inverse, 1.0, out=out)  # type: ignore[arg-type]
     want = exact.grad
     assert want is not None
     if vocab == 1:  # nothing to learn, but for lse
@@ -94,39 +97,39 @@ def test_backward(rows: int, vocab: int, dtype: torch.dtype, given: str):
         check_grad(out, want, dtype)
     else:
         check_like_torch(out, want, want.to(dtype), dtype, "gradient")
-    kernels.logit_gradient(*coefs, z, y, found, inverse, 1.0, out=z)  # type: ignore[arg-type]
+    steps.logit_gradient(*coefs, z, y, found, inverse, 1.0, out=z)  # type: ignore[arg-type]
     assert torch.equal(z, out), "in place"
 
 
-def test_a_scalar_temperature_in_the_backward():
+def test_a_scalar_temperature_in_the_backward(steps: Steps):
     for dtype in (torch.float64, torch.float32):
         z, y = case(9, 33, dtype)
         exact = z.double().requires_grad_()
         truth(exact, y, 1 / 0.7)[0].sum().backward()
-        found, out = kernels.logit_stats(z, y, None, 1 / 0.7), torch.empty_like(z)
+        found, out = steps.logit_stats(z, y, None, 1 / 0.7), torch.empty_like(z)
         # the gradient of a sum is one number, expanded
-        kernels.logit_gradient(z.new_ones(()).expand(9), None, None, z, y, found, None, 1 / 0.7, out=out)
+        steps.logit_gradient(z.new_ones(()).expand(9), None, None, z, y, found, None, 1 / 0.7, out=out)
         assert exact.grad is not None
         check_grad(out, exact.grad, dtype)
 
 
 @every_dtype
-def test_strided_rows(dtype: torch.dtype):
+def test_strided_rows(steps: Steps, dtype: torch.dtype):
     z, y = case(9, 133, dtype)
     whole, double = z.clone(), torch.stack([y, y], 1)
-    found = kernels.logit_stats(whole[:, :-2], double[:, 0] % 131, None, 1.0, entropy=True)
-    want = kernels.logit_stats(whole[:, :-2].contiguous(), y % 131, None, 1.0, entropy=True)
+    found = steps.logit_stats(whole[:, :-2], double[:, 0] % 131, None, 1.0, entropy=True)
+    want = steps.logit_stats(whole[:, :-2].contiguous(), y % 131, None, 1.0, entropy=True)
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
     ones = torch.ones_like(found.logp)
     out = torch.empty_like(whole[:, :-2].contiguous())
-    kernels.logit_gradient(ones, None, None, whole[:, :-2], y % 131, found, None, 1.0, out=out)
-    kernels.logit_gradient(ones, None, None, whole[:, :-2], y % 131, found, None, 1.0, out=whole[:, :-2])
+    steps.logit_gradient(ones, None, None, whole[:, :-2], y % 131, found, None, 1.0, out=out)
+    steps.logit_gradient(ones, None, None, whole[:, :-2], y % 131, found, None, 1.0, out=whole[:, :-2])
     assert torch.equal(whole[:, :-2], out)
     assert torch.equal(whole[:, -2:], z[:, -2:]), "beside the view"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_sure_and_hopeless_tokens_keep_their_digits(dtype: torch.dtype):
+def test_sure_and_hopeless_tokens_keep_their_digits(steps: Steps, dtype: torch.dtype):
     z, y = case(6, 300, dtype)
     y = y.clamp(min=0)
     for row, lead in enumerate((20.0, 60.0, 90.0, -30.0, -300.0, -2000.0)):
@@ -137,10 +140,10 @@ def test_sure_and_hopeless_tokens_keep_their_digits(dtype: torch.dtype):
     # log_softmax itself has no digits there: log p = -log1p(sum of the others / e^z_y)
     others = exact.detach().scatter(1, y[:, None], -torch.inf).logsumexp(1)
     exact_logp = -torch.nn.functional.softplus(others - exact.detach().gather(1, y[:, None]).squeeze(1))
-    found, out = kernels.logit_stats(z, y, None, 1.0, entropy=True), torch.empty_like(z)
+    found, out = steps.logit_stats(z, y, None, 1.0, entropy=True), torch.empty_like(z)
     error = (found.logp.double() - exact_logp).abs() / exact_logp.abs().clamp(min=torch.finfo(dtype).tiny)
     assert error.max() <= CONFIDENT, error
-    kernels.logit_gradient(torch.ones_like(found.logp), None, None, z, y, found, None, 1.0, out=out)
+    steps.logit_gradient(torch.ones_like(found.logp), None, None, z, y, found, None, 1.0, out=out)
     own = out.gather(1, y[:, None]).squeeze(1).double()
     assert ((own + torch.expm1(exact_logp)).abs() <= CONFIDENT * own.abs()).all()
     assert (out.double().sum(1).abs() <= CONFIDENT * own.abs()).all(), "the row's gradient sums to 0"
@@ -149,34 +152,34 @@ def test_sure_and_hopeless_tokens_keep_their_digits(dtype: torch.dtype):
 
 
 @every_dtype
-def test_ignored_rows_are_not_read(dtype: torch.dtype):
+def test_ignored_rows_are_not_read(steps: Steps, dtype: torch.dtype):
     z, y = case(12, 131, dtype)
-    clean = kernels.logit_stats(z, y, None, 1.0, entropy=True)
+    clean = steps.logit_stats(z, y, None, 1.0, entropy=True)
     dirty = z.clone()
     dirty[y == IGNORE] = torch.nan
-    found = kernels.logit_stats(dirty, y, None, 1.0, entropy=True)
+    found = steps.logit_stats(dirty, y, None, 1.0, entropy=True)
     assert all(torch.equal(a, b) for a, b in zip(found, clean, strict=True))
     assert (found.logp[y == IGNORE] == 0).all() and (found.lse[y == IGNORE] == 0).all()
     coef = torch.where(y == IGNORE, torch.nan, 1.0).to(found.logp)
-    kernels.logit_gradient(coef, coef, coef, dirty, y, found, None, 1.0, out=dirty)
+    steps.logit_gradient(coef, coef, coef, dirty, y, found, None, 1.0, out=dirty)
     assert (dirty[y == IGNORE] == 0).all() and dirty.isfinite().all()
 
 
-def test_rows_without_a_coefficient_are_not_read():
+def test_rows_without_a_coefficient_are_not_read(steps: Steps):
     z, y = case(12, 131, torch.float32)
-    found = kernels.logit_stats(z, y, None, 1.0)
+    found = steps.logit_stats(z, y, None, 1.0)
     z[5] = torch.nan
     coef = torch.ones(12, device=DEVICE)
     coef[5] = 0
     out = torch.empty_like(z)
-    kernels.logit_gradient(coef, None, None, z, y, found, None, 1.0, out=out)
+    steps.logit_gradient(coef, None, None, z, y, found, None, 1.0, out=out)
     assert (out[5] == 0).all() and out.isfinite().all()
 
 
-def test_targets_outside_the_vocabulary():
+def test_targets_outside_the_vocabulary(steps: Steps):
     z, y = case(8, 33, torch.float32)
     y[0], y[1], y[2] = 33, -1, 10**12
-    found = kernels.logit_stats(z, y, None, 1.0, entropy=True)
+    found = steps.logit_stats(z, y, None, 1.0, entropy=True)
     want = truth(z, y.clamp(0, 32), 1.0)
     assert found.logp[:3].isnan().all() and found.logp[3:].isfinite().all()
     check_logp(found.lse[:3], want[1][:3], torch.float32)
@@ -184,7 +187,7 @@ def test_targets_outside_the_vocabulary():
 
 
 @every_dtype
-def test_banned_tokens(dtype: torch.dtype):
+def test_banned_tokens(steps: Steps, dtype: torch.dtype):
     """Logits of -inf, and of the lowest number, over more than the first block of columns."""
     z, y = case(8, 777, dtype)
     y = torch.where(y == IGNORE, IGNORE, 700)
@@ -192,43 +195,43 @@ def test_banned_tokens(dtype: torch.dtype):
     z[2, :600] = torch.finfo(dtype).min
     exact = z.double().requires_grad_()
     want = truth(exact, y, 1.0)
-    found = kernels.logit_stats(z, y, None, 1.0, entropy=True)
+    found = steps.logit_stats(z, y, None, 1.0, entropy=True)
     check(found, want, dtype)
     one, out = torch.ones_like(found.logp), torch.empty_like(z)
-    kernels.logit_gradient(one, one, one, z, y, found, None, 1.0, out=out)
+    steps.logit_gradient(one, one, one, z, y, found, None, 1.0, out=out)
     assert out.isfinite().all() and (out[:, :600] == 0).all()
     y[0] = 3  # the target itself
-    assert kernels.logit_stats(z, y, None, 1.0).logp[0] == -torch.inf
+    assert steps.logit_stats(z, y, None, 1.0).logp[0] == -torch.inf
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, of inf - inf
-def test_bad_rows_keep_to_themselves():
+def test_bad_rows_keep_to_themselves(steps: Steps):
     z, y = case(12, 600, torch.float32)
     y = y.clamp(min=0)
-    clean = kernels.logit_stats(z, y, None, 1.0, entropy=True)
+    clean = steps.logit_stats(z, y, None, 1.0, entropy=True)
     z[2, 5], z[4, 300], z[6, 7], z[6, 300] = torch.nan, torch.inf, torch.nan, torch.inf
     z[8, y[8]] = torch.nan
-    found = kernels.logit_stats(z, y, None, 1.0, entropy=True)
+    found = steps.logit_stats(z, y, None, 1.0, entropy=True)
     bad = torch.zeros(12, dtype=torch.bool, device=DEVICE)
     bad[2:9:2] = True
     assert found.logp[bad].isnan().all() and found.entropy[bad].isnan().all()
     assert all(torch.equal(a[~bad], b[~bad]) for a, b in zip(found, clean, strict=True))
 
 
-def test_nothing():
+def test_nothing(steps: Steps):
     z, y = torch.empty(0, 7, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)
-    found = kernels.logit_stats(z, y, None, 1.0, entropy=True)
+    found = steps.logit_stats(z, y, None, 1.0, entropy=True)
     assert all(stat is not None and stat.shape == (0,) for stat in found)
-    kernels.logit_gradient(found.logp, None, None, z, y, found, None, 1.0, out=z)
+    steps.logit_gradient(found.logp, None, None, z, y, found, None, 1.0, out=z)
 
 
-def test_columns_apart_are_refused():
+def test_columns_apart_are_refused(steps: Steps):
     z, y = case(7, 7, torch.float32)
     with pytest.raises(ValueError, match="adjacent columns"):
-        kernels.logit_stats(z.t(), y, None, 1.0)
+        steps.logit_stats(z.t(), y, None, 1.0)
 
 
-def test_offsets_beyond_32_bits():
+def test_offsets_beyond_32_bits(steps: Steps):
     """Rows 2^30 elements apart; memory that is not touched is not there."""
     apart, vocab = 2**30 + 8, 50
     try:
@@ -238,8 +241,8 @@ def test_offsets_beyond_32_bits():
     z, y = case(3, vocab, torch.bfloat16)
     far = storage.as_strided((3, vocab), (apart, 1))
     far.copy_(z)
-    found, want = (kernels.logit_stats(each, y, None, 1.0, entropy=True) for each in (far, z))
+    found, want = (steps.logit_stats(each, y, None, 1.0, entropy=True) for each in (far, z))
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
     for each in (far, z):
-        kernels.logit_gradient(torch.ones_like(want.logp), None, None, each, y, want, None, 1.0, out=each)
+        steps.logit_gradient(torch.ones_like(want.logp), None, None, each, y, want, None, 1.0, out=each)
     assert torch.equal(far, z)

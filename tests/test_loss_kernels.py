@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from cases import HUMANLINE, LOSSES, Case, leaves_of, loss_id, make_case, oracle_loss, randn
+from kernels import DEVICE
 from tolerances import GRAD, LOSS, check_grad, check_loss
 from torch import Tensor
 
 import fused_align as fa
 import oracles
+from fused_align import backends
+from fused_align.backends import kernel_losses
+from fused_align.backends.kernel_losses import Evaluated, LossKernel
 from fused_align.losses.base import Objective
 
-pytest.importorskip("triton")
-from fused_align.backends.triton_ import losses as kernels  # noqa: E402
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = [9, 0, 3, 10]  # pairs: (9, 3), (0, 10)
 WIDTH = 10
 
@@ -44,21 +45,25 @@ MORE: list[fa.Loss] = [
 ]
 
 
-def kernel_of(loss: fa.Loss, humanline: fa.Humanline | None = None) -> kernels.LossKernel:
-    found = kernels.cover(loss, humanline)
-    assert not isinstance(found, str), found
-    return found
+def cover(loss: fa.Loss, humanline: Any = None) -> LossKernel | str:
+    """Not to be launched."""
+    return kernel_losses.cover(loss, humanline, lambda launch, device: pytest.fail(f"{launch.kernel} runs"))
 
 
-COVERED = [loss for loss in [*LOSSES, *MORE] if not isinstance(kernels.cover(loss, None), str)]
+COVERED = [loss for loss in [*LOSSES, *MORE] if not isinstance(cover(loss), str)]
 #: one of each class
 CLASSES = list({type(loss): loss for loss in reversed(COVERED)}.values())
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a sequence has several."""
-    monkeypatch.setattr(kernels, "BLOCK", 8)
+Run = Callable[..., tuple[Evaluated, dict[str, Tensor]]]
+
+
+@pytest.fixture
+def run(backend: str, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run_on` each backend; triton's blocks are small, so that a sequence has several."""
+    if backend == "triton":
+        monkeypatch.setattr("fused_align.backends.triton_.losses.BLOCK", 8)
+    return partial(run_on, backend)
 
 
 # --- batches in each layout ---
@@ -161,24 +166,27 @@ def move(batch: fa.Batch) -> fa.Batch:
     return moved
 
 
-def run(
+def run_on(
+    backend: str,
     loss: fa.Loss,
     batch: fa.Batch,
     logp: Tensor,
     divisor: float | Tensor,
     humanline: Any = None,
     **options: bool,
-) -> tuple[kernels.Evaluated, dict[str, Tensor]]:
-    kernel, batch = kernel_of(loss, humanline), move(batch)
+) -> tuple[Evaluated, dict[str, Tensor]]:
+    """What a backend's kernel finds, and the metrics of it, on the CPU."""
+    kernel, batch = backends.steps(backend).loss_kernel(loss, humanline), move(batch)
+    assert kernel is not None
     divisor = divisor.to(DEVICE) if isinstance(divisor, Tensor) else divisor
     found = kernel.evaluate(logp.to(DEVICE), batch, divisor, **options)
     metrics = kernel.metrics(found, batch) if options.get("metrics", True) else {}
     loss_, c, sums, dtype = found
-    found = kernels.Evaluated(loss_.cpu(), None if c is None else c.cpu(), sums.cpu(), dtype)
+    found = Evaluated(loss_.cpu(), None if c is None else c.cpu(), sums.cpu(), dtype)
     return found, {name: metric.cpu() for name, metric in metrics.items()}
 
 
-def check(found: kernels.Evaluated, want_loss: Tensor, want_c: Tensor, mask: Tensor | None = None) -> None:
+def check(found: Evaluated, want_loss: Tensor, want_c: Tensor, mask: Tensor | None = None) -> None:
     """mask: where want_c [n] stands in the kernel's c; zeros are everywhere else."""
     assert found.loss.dtype == torch.float64 and found.loss.shape == ()
     check_loss(found.loss, want_loss, torch.float64)
@@ -210,7 +218,7 @@ def clip_of(loss: fa.Loss, humanline: fa.Humanline | None = HUMANLINE) -> fa.Hum
 
 
 @pytest.mark.parametrize("loss", COVERED, ids=loss_id)
-def test_padded(loss: fa.Loss):
+def test_padded(run: Run, loss: fa.Loss):
     """Also through dense logits and the papers' formulas: the loss, and c by what it makes of the logits."""
     problem = make_problem()
     want = wanted(loss, problem.batch(), problem.logp, None)
@@ -229,7 +237,7 @@ def test_padded(loss: fa.Loss):
 
 
 @pytest.mark.parametrize("loss", COVERED, ids=loss_id)
-def test_live_and_its_parts(loss: fa.Loss):
+def test_live_and_its_parts(run: Run, loss: fa.Loss):
     """With all that can be on: token weights, an advantage per token, Humanline."""
     problem, humanline = make_problem("weighted"), clip_of(loss)
     want = wanted(loss, problem.batch(), problem.logp, humanline, 3.25)
@@ -256,7 +264,7 @@ def test_live_and_its_parts(loss: fa.Loss):
 
 
 @pytest.mark.parametrize("loss", [x for x in COVERED if x in CLASSES or x.anchor == "old"], ids=loss_id)
-def test_packed(loss: fa.Loss):
+def test_packed(run: Run, loss: fa.Loss):
     """Policies without old_logp: the anchor is the log-prob itself."""
     humanline = clip_of(loss) if loss in CLASSES else None
     problem = make_problem("on_policy")
@@ -269,7 +277,7 @@ def test_packed(loss: fa.Loss):
 
 
 @pytest.mark.parametrize("loss", CLASSES, ids=loss_id)
-def test_padded_to_a_fixed_number_of_tokens(loss: fa.Loss):
+def test_padded_to_a_fixed_number_of_tokens(run: Run, loss: fa.Loss):
     problem, humanline = make_problem("weighted"), clip_of(loss)
     want = wanted(loss, problem.batch(), problem.logp, humanline)
     batch = problem.batch().live(want.logp.numel() + 9)
@@ -281,7 +289,7 @@ def test_padded_to_a_fixed_number_of_tokens(loss: fa.Loss):
 
 
 @pytest.mark.parametrize("loss", CLASSES, ids=loss_id)
-def test_float32(loss: fa.Loss):
+def test_float32(run: Run, loss: fa.Loss):
     """Columns and coefficients in float32; the arithmetic is float64."""
     humanline = clip_of(loss)
     problem = make_problem("weighted").to(torch.float32)
@@ -305,7 +313,7 @@ def test_float32(loss: fa.Loss):
 
 @pytest.mark.parametrize("humanline", [None, HUMANLINE], ids=["", "humanline"])
 @pytest.mark.parametrize("loss", CLASSES, ids=loss_id)
-def test_extreme_log_ratios(loss: fa.Loss, humanline: fa.Humanline | None):
+def test_extreme_log_ratios(run: Run, loss: fa.Loss, humanline: fa.Humanline | None):
     """+-80 and +-1000 in half of the tokens of each column: far beyond where the exponentials end."""
     if loss.item == "token":
         loss = replace(loss, beta=0.1, kl_correction=not isinstance(loss, fa.REINFORCE))  # type: ignore[call-arg]
@@ -327,7 +335,7 @@ def test_extreme_log_ratios(loss: fa.Loss, humanline: fa.Humanline | None):
     assert error <= GRAD[torch.float64] * want.c.abs().amax() + torch.finfo(torch.float64).eps
 
 
-def test_ties_split_the_gradient_as_torch_does():
+def test_ties_split_the_gradient_as_torch_does(run: Run):
     """Ratios of exactly 1, at a bound of exactly 1; and hinges at exactly 0."""
     problem = make_problem()
     problem.columns["old_logp"] = problem.logp.clone()
@@ -367,7 +375,7 @@ def test_ties_split_the_gradient_as_torch_does():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("column", ["logp", "ref_logp", "old_logp"])
 @pytest.mark.parametrize("loss", CLASSES, ids=loss_id)
-def test_a_number_that_is_none_is_not_hidden(loss: fa.Loss, column: str, bad: float):
+def test_a_number_that_is_none_is_not_hidden(run: Run, loss: fa.Loss, column: str, bad: float):
     """Where torch's losses are finite the kernel agrees; where they are not it is not."""
     problem = make_problem(lengths=[9, 2, 3, 10])
     place = tuple(problem.mask.nonzero()[4])
@@ -386,7 +394,7 @@ def test_a_number_that_is_none_is_not_hidden(loss: fa.Loss, column: str, bad: fl
 
 @pytest.mark.parametrize("lengths", [[0, 0, 0, 0], [3, 0, 0, 0], [0, 4, 0, 2], []], ids=str)
 @pytest.mark.parametrize("loss", CLASSES, ids=loss_id)
-def test_empty_sequences_and_pairs(loss: fa.Loss, lengths: list[int]):
+def test_empty_sequences_and_pairs(run: Run, loss: fa.Loss, lengths: list[int]):
     problem = make_problem("plain", [2, 3, 0, 4])
     S = len(lengths)
     target = torch.full((S, WIDTH), oracles.IGNORE)
@@ -406,7 +414,7 @@ def test_empty_sequences_and_pairs(loss: fa.Loss, lengths: list[int]):
 
 
 @pytest.mark.parametrize("loss", CLASSES, ids=loss_id)
-def test_what_ignored_positions_hold_changes_no_bit(loss: fa.Loss):
+def test_what_ignored_positions_hold_changes_no_bit(run: Run, loss: fa.Loss):
     """NaN or numbers; and two runs give the same bits."""
     humanline = clip_of(loss, HUMANLINE)
     problem = make_problem("weighted")
@@ -418,7 +426,7 @@ def test_what_ignored_positions_hold_changes_no_bit(loss: fa.Loss):
         assert all(torch.equal(metrics[name], same[name]) for name in metrics)
 
 
-def test_many_programs():
+def test_many_programs(run: Run):
     """More of them than the last one adds in one step."""
     S = 260
     batch = fa.Batch(
@@ -435,7 +443,7 @@ def test_many_programs():
 
 
 @pytest.mark.parametrize("loss", [fa.GRPO(), fa.RLOO(beta=0.1), fa.DPO(), fa.KTO()], ids=loss_id)
-def test_only_what_is_asked_for(loss: fa.Loss):
+def test_only_what_is_asked_for(run: Run, loss: fa.Loss):
     problem = make_problem()
     every, _ = run(loss, problem.batch(), problem.logp, 3.0)
     scored, _ = run(loss, problem.batch(), problem.logp, 3.0, grad=False, metrics=False)
@@ -447,7 +455,7 @@ def test_only_what_is_asked_for(loss: fa.Loss):
     assert torch.equal(watched.sums, every.sums) and metrics
 
 
-def test_columns_that_are_not_contiguous():
+def test_columns_that_are_not_contiguous(run: Run):
     problem = make_problem("weighted")
     turned = problem.map(lambda x: x.t().contiguous().t() if x.dim() == 2 else x)
     turned.target = problem.target.t().contiguous().t()
@@ -480,7 +488,7 @@ UNCOVERED = [
     ("loss", "why"), UNCOVERED, ids=lambda x: loss_id(x) if isinstance(x, fa.Loss) else ""
 )
 def test_what_is_not_covered_says_why(loss: fa.Loss, why: str):
-    found = kernels.cover(loss, None)
+    found = cover(loss)
     assert isinstance(found, str)
     pytest.raises(ValueError, _raise, found).match(why)
 
@@ -492,21 +500,21 @@ def _raise(text: str) -> None:
 def test_every_loss_is_covered_or_says_why():
     for loss in LOSSES:
         for humanline in (None, HUMANLINE, fa.HumanlineSampling()):
-            found = kernels.cover(loss, humanline)
-            assert isinstance(found, kernels.LossKernel) or len(found.split()) > 4, (loss, found)
+            found = cover(loss, humanline)
+            assert isinstance(found, LossKernel) or len(found.split()) > 4, (loss, found)
             if isinstance(humanline, fa.HumanlineSampling):
                 assert isinstance(found, str)
-    assert isinstance(kernels.cover(fa.SimPO(), HUMANLINE), str)
+    assert isinstance(cover(fa.SimPO(), HUMANLINE), str)
 
 
 def test_a_class_of_ones_own_is_not_covered():
     class Own(fa.DPO, base=True):  # type: ignore[call-arg]
         pass
 
-    assert isinstance(kernels.cover(Own(), None), str)
+    assert isinstance(cover(Own()), str)
 
 
-def test_what_does_not_fit_says_so():
+def test_what_does_not_fit_says_so(run: Run):
     problem = make_problem()
     batch, live = problem.batch(), problem.batch().live()
     with pytest.raises(ValueError, match=r"GRPO.*advantage"):
@@ -522,5 +530,7 @@ def test_what_does_not_fit_says_so():
     with pytest.raises(ValueError, match=r"parts of sequences.*GSPO"):
         run(fa.GSPO(), live.take_tokens(torch.arange(3)), live.target[:3].double(), 1.0)
     scored, _ = run(fa.DPO(), batch, problem.logp, 1.0, metrics=False)
+    kernel = cover(fa.DPO())
+    assert isinstance(kernel, LossKernel)
     with pytest.raises(ValueError, match=r"DPO.*9 sums, of evaluate\(metrics=True\); got 1"):
-        kernel_of(fa.DPO()).metrics(scored, batch)
+        kernel.metrics(scored, batch)

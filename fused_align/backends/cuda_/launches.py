@@ -107,12 +107,14 @@ def grad_tile(
     **fixed: object,
 ) -> None:
     bias = None if bias is None else bias.to(gain.dtype)
-    count = strips(*logits.shape, logits.device)
+    rows, cols = logits.shape
+    count = strips(rows, cols, logits.device)
     _grad_tile(sizes, logits, out, bias, target, gain, *others, *fixed.values(), count)
 
 
 def kept_tile(sizes: tuple[int, ...], kept: Tensor, out: Tensor, *others: Any, **fixed: object) -> None:
-    _kept_tile(sizes, kept, out, *others, *fixed.values(), strips(*out.shape, out.device))
+    rows, cols = out.shape
+    _kept_tile(sizes, kept, out, *others, *fixed.values(), strips(rows, cols, out.device))
 
 
 def strips(rows: int, cols: int, device: torch.device) -> int:
