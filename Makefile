@@ -69,28 +69,21 @@ GPU_WORKERS ?= -n 12
 BACKENDS ?= triton cuda
 gpu: $(READY) $(BENCH_READY)
 	$(PY) -m fused_align.env
-	@$(PY) -c '$(USABLE)' $(BACKENDS)
+	@$(PY) -c 'import sys, torch; from fused_align.backends import table; \
+	here = dict(table("cuda" if torch.cuda.is_available() else "cpu")); \
+	bad = [f"backend {name}: {here[name]}." for name in sys.argv[1:] if here[name]]; \
+	hint = "FUSED_ALIGN_CUDA=1 $(PY) -m pip install -e . builds csrc/; make gpu BACKENDS=triton does without."; \
+	sys.exit("\n".join([*bad, hint * ("built" in str(bad))]) if bad else 0)' $(BACKENDS)
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(GPU_WORKERS) -m "not slow" --ignore tests/test_kernel_backends.py $(ARGS)
 	OMP_NUM_THREADS=1 FUSED_ALIGN_TEST_DEVICE=cuda $(PY) -m pytest $(GPU_WORKERS) -m "not slow" \
-		-k "$(subst $(SPACE), or ,$(strip $(BACKENDS:%=test_%_)))" tests/test_kernel_backends.py $(ARGS)
+		tests/test_kernel_backends.py $(ARGS)
 	@if command -v compute-sanitizer > /dev/null; then \
-		for tool in memcheck racecheck; do for backend in $(BACKENDS); do echo $$tool $$backend; done; done | \
-		xargs -P 4 -L 1 sh -c 'echo "compute-sanitizer --tool $$0, backend $$1"; \
-			timeout 240 compute-sanitizer --tool $$0 --error-exitcode 1 $(PY) tests/sanitize.py $$1'; \
+		for tool in memcheck racecheck; do for name in $(BACKENDS); do echo $$tool $$name; done; done | \
+		xargs -P 4 -L 1 sh -c 'echo "compute-sanitizer --tool $$0, backend $$1"; timeout 180 \
+			compute-sanitizer --tool $$0 --error-exitcode 1 $(PY) tests/sanitize.py $$1'; \
 	else echo "compute-sanitizer is not installed: kernels were not checked for stray accesses"; fi
 	$(PY) -m bench run --suite kernels --minutes 1.5
 	$(PY) -m bench run --suite gpu --minutes 3.5
-
-# Ends with a sentence about each backend named that can't run on the GPU.
-EMPTY :=
-SPACE := $(EMPTY) $(EMPTY)
-define USABLE
-import sys, torch; from fused_align.backends import table; \
-device = "cuda" if torch.cuda.is_available() else "cpu"; \
-build = "To build csrc/: FUSED_ALIGN_CUDA=1 $(PY) -m pip install -e . (with nvcc). "; \
-bad = [f"backend {name}: {why}. {build * (name == str().join(map(chr, (99, 117, 100, 97))))}" for name, why in table(device) if name in sys.argv[1:] and why]; \
-sys.exit(" ".join(bad) if device == "cuda" else "torch finds no GPU here")
-endef
 
 # without .ready the next target that needs .venv builds csrc/ again
 clean:

@@ -133,12 +133,11 @@ def ninja_file(nvcc: str, archs: list[str], cxx: str, includes: list[str], folde
     ptx = [arch.removesuffix("+PTX") for arch in archs if arch.endswith("+PTX")]
     gencode = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     gencode += [f"-gencode=arch=compute_{name},code=compute_{name}" for name in ptx]
-    told = " ".join([*names, *(["+PTX"] if ptx else [])])
     words = {
         "nvcc": [nvcc, "-ccbin", cxx],
         "archs": gencode,
         "cxx": [cxx],
-        "defines": ['-DFUSED_ALIGN_DEVICE="cuda"', f'-DFUSED_ALIGN_ARCHS="{told}"'],
+        "defines": ['-DFUSED_ALIGN_DEVICE="cuda"', f'-DFUSED_ALIGN_ARCHS="{" ".join(archs)}"'],
         "includes": [f"-I{path}" for path in includes],
     }
     text = NINJA.format(

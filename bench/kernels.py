@@ -196,6 +196,8 @@ def run(s: Sizes, wanted: Callable[[str], bool], rounds: int, deadline: float, s
     for name, reason in why.items():
         if reason is not None:
             say(f"not run, {name}: {reason}")
+    if s.device == "cpu":
+        say("on a CPU these are the times of Triton's interpreter and of an emulation of CUDA: no kernel's")
     steps = {name: backends.steps(name) for name in NAMES if why[name] is None}
     copied = 2 * (nbytes := 1 << 28 if s.device == "cuda" else 1 << 20)
     copy = copies(s.device, nbytes)

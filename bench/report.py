@@ -296,7 +296,8 @@ def _worst(rows: list[Row]) -> float:
 
 def fastest(rows: list[Row]) -> list[str]:
     """Per case the backends of this package from the fastest on, each by its best plan; then cuda's times and
-    triton's by the same plans, from which follows what `auto` should take first."""
+    triton's by the same plans. What "auto" should take first follows from it: rows of "auto" itself and those
+    with 16-bit logits do not count."""
     cases: dict[tuple, dict[str, tuple[float, str]]] = {}
     same: dict[tuple[str, object], float] = {}
     for row in rows:
@@ -304,6 +305,8 @@ def fastest(rows: list[Row]) -> list[str]:
         if named is None or "seconds" not in row or "failed" in row:
             continue
         (backend, plan), case = named.groups(), tuple(row[name] for name in CASE)
+        if backend == "auto" or "bf16" in plan.split(","):
+            continue
         found = cases.setdefault((f"{row['mode']}, {setting(row)}", case), {})
         found[backend] = min(found.get(backend, (math.inf, "")), (float(row["seconds"]), plan))
         at = backend, f"{plan}: {row['mode']}, {setting(row)}"

@@ -108,6 +108,16 @@ def test_provider_is_exact(case: Case, name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_cuda_is_exact(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel_tests.use("cuda", monkeypatch, torch.device("cpu"))
+    case = replace(TINY, mode=mode, logits="peaked")
+    inputs, cuda = make_inputs(case, "cpu"), Ours("fused_align[cuda,auto]", ours=True, backend="cuda")
+    assert cuda.why_not("cpu") is None
+    found = measure.errors(case, inputs, reference.truth(case, inputs), cuda.build(case, inputs)())
+    assert measure.beyond(found, dict.fromkeys(found, measure.EXACT)) is None
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_own_plans_in_bfloat16_are_no_worse_than_eager(mode: str) -> None:
     case = replace(TINY, mode=mode, dtype="bfloat16")
     # Triton's interpreter would take minutes for the rounds; tests/ has the kernels' bfloat16
@@ -365,6 +375,8 @@ def test_the_fastest_backend_of_each_case_is_named() -> None:
         row_of("fused_align[triton,window,6144MiB]", "dpo", seconds=0.15),
         row_of("fused_align[torch,window,6144MiB]", "dpo", failed="it ran out of memory"),
         row_of("eager", "dpo", seconds=0.01), row_of("fused_align[cuda,single]", seconds=0.1),
+        row_of("fused_align[auto,auto]", "dpo", seconds=0.01),
+        row_of("fused_align[cuda,window,bf16]", "dpo", seconds=0.01),
     ])  # fmt: skip
     setting = report.setting(row_of())
     assert found == [

@@ -59,43 +59,47 @@ struct type_caster<fused_align::Type> {
 
 PYBIND11_MODULE(_cuda, m) {
     using namespace fused_align;
-    m.attr("device") = FUSED_ALIGN_DEVICE;  // of the tensors that it takes
-    m.attr("archs") = FUSED_ALIGN_ARCHS;    // that it was compiled for
-    m.def("exp_tile", exp_tile);
-    m.def("grad_tile", grad_tile);
-    m.def("kept_tile", kept_tile);
-    m.def("add_products", add_products);
-    m.def("open_rows", open_rows);
-    m.def("finish_rows", finish_rows);
-    m.def("coefficients", coefficients);
-    m.def("compact", compact);
-    m.def("scaled_rows", scaled_rows);
-    m.def("close_product", close_product);
-    m.def("store_hidden", store_hidden);
-    m.def("add_rows", add_rows);
-    m.def("logit_stats", logit_stats, py::arg("on"), py::arg("logits"), py::arg("target"), py::arg("inverse"),
-          py::arg("logp"), py::arg("lse"), py::arg("entropy"), py::arg("largest"), py::arg("total"),
-          py::arg("partial"), py::arg("arrived"), py::arg("scalar"), py::arg("rows"), py::arg("vocab"),
-          py::arg("stride"), py::arg("parts"));
-    m.def("logit_gradient", logit_gradient, py::arg("on"), py::arg("dlogp"), py::arg("dlse"),
+    using Unlocked =
+        py::call_guard<py::gil_scoped_release>;  // a launch may wait, for a full queue or a compiler
+    m.attr("device") = FUSED_ALIGN_DEVICE;       // of the tensors that it takes
+    m.attr("archs") = FUSED_ALIGN_ARCHS;         // that it was compiled for
+    m.def("unserved", unserved);
+    m.def("exp_tile", exp_tile, Unlocked());
+    m.def("grad_tile", grad_tile, Unlocked());
+    m.def("kept_tile", kept_tile, Unlocked());
+    m.def("add_products", add_products, Unlocked());
+    m.def("open_rows", open_rows, Unlocked());
+    m.def("finish_rows", finish_rows, Unlocked());
+    m.def("coefficients", coefficients, Unlocked());
+    m.def("compact", compact, Unlocked());
+    m.def("scaled_rows", scaled_rows, Unlocked());
+    m.def("close_product", close_product, Unlocked());
+    m.def("store_hidden", store_hidden, Unlocked());
+    m.def("add_rows", add_rows, Unlocked());
+    m.def("logit_stats", logit_stats, Unlocked(), py::arg("on"), py::arg("logits"), py::arg("target"),
+          py::arg("inverse"), py::arg("logp"), py::arg("lse"), py::arg("entropy"), py::arg("largest"),
+          py::arg("total"), py::arg("partial"), py::arg("arrived"), py::arg("scalar"), py::arg("rows"),
+          py::arg("vocab"), py::arg("stride"), py::arg("parts"));
+    m.def("logit_gradient", logit_gradient, Unlocked(), py::arg("on"), py::arg("dlogp"), py::arg("dlse"),
           py::arg("dentropy"), py::arg("logits"), py::arg("target"), py::arg("logp"), py::arg("entropy"),
           py::arg("largest"), py::arg("total"), py::arg("inverse"), py::arg("out"), py::arg("scalar"),
           py::arg("rows"), py::arg("vocab"), py::arg("stride"), py::arg("out_stride"), py::arg("parts"));
-    m.def("policy_loss", policy_loss, py::arg("on"), py::arg("logp"), py::arg("old"), py::arg("ref"),
-          py::arg("sampler"), py::arg("advantage"), py::arg("token_weight"), py::arg("target"),
-          py::arg("offsets"), py::arg("lengths"), py::arg("params"), py::arg("divisor"), py::arg("c"),
-          py::arg("partials"), py::arg("counter"), py::arg("sums"), py::arg("width"), py::arg("programs"),
-          py::arg("KIND"), py::arg("RATIO"), py::arg("KL"), py::arg("PENALISED"), py::arg("CORRECTED"),
-          py::arg("SAMPLER"), py::arg("WHOLE"), py::arg("COUPLED"), py::arg("PER_LENGTH"),
-          py::arg("PER_TOKEN"), py::arg("HUMANLINE"), py::arg("METRICS"), py::arg("K"),
+    m.def("policy_loss", policy_loss, Unlocked(), py::arg("on"), py::arg("logp"), py::arg("old"),
+          py::arg("ref"), py::arg("sampler"), py::arg("advantage"), py::arg("token_weight"),
+          py::arg("target"), py::arg("offsets"), py::arg("lengths"), py::arg("params"), py::arg("divisor"),
+          py::arg("c"), py::arg("partials"), py::arg("counter"), py::arg("sums"), py::arg("width"),
+          py::arg("programs"), py::arg("KIND"), py::arg("RATIO"), py::arg("KL"), py::arg("PENALISED"),
+          py::arg("CORRECTED"), py::arg("SAMPLER"), py::arg("WHOLE"), py::arg("COUPLED"),
+          py::arg("PER_LENGTH"), py::arg("PER_TOKEN"), py::arg("HUMANLINE"), py::arg("METRICS"), py::arg("K"),
           py::arg("pieces") = 1);
-    m.def("preference_loss", preference_loss, py::arg("on"), py::arg("logp"), py::arg("ref"),
+    m.def("preference_loss", preference_loss, Unlocked(), py::arg("on"), py::arg("logp"), py::arg("ref"),
           py::arg("token_weight"), py::arg("margin"), py::arg("target"), py::arg("offsets"),
           py::arg("params"), py::arg("divisor"), py::arg("c"), py::arg("partials"), py::arg("counter"),
           py::arg("sums"), py::arg("width"), py::arg("programs"), py::arg("KIND"), py::arg("SCORE"),
           py::arg("MEAN"), py::arg("HUMANLINE"), py::arg("METRICS"), py::arg("K"));
-    m.def("judged_loss", judged_loss, py::arg("on"), py::arg("logp"), py::arg("ref"), py::arg("token_weight"),
-          py::arg("desirable"), py::arg("kl"), py::arg("target"), py::arg("offsets"), py::arg("params"),
-          py::arg("divisor"), py::arg("c"), py::arg("partials"), py::arg("counter"), py::arg("sums"),
-          py::arg("width"), py::arg("programs"), py::arg("HUMANLINE"), py::arg("METRICS"), py::arg("K"));
+    m.def("judged_loss", judged_loss, Unlocked(), py::arg("on"), py::arg("logp"), py::arg("ref"),
+          py::arg("token_weight"), py::arg("desirable"), py::arg("kl"), py::arg("target"), py::arg("offsets"),
+          py::arg("params"), py::arg("divisor"), py::arg("c"), py::arg("partials"), py::arg("counter"),
+          py::arg("sums"), py::arg("width"), py::arg("programs"), py::arg("HUMANLINE"), py::arg("METRICS"),
+          py::arg("K"));
 }

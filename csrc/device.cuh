@@ -68,6 +68,14 @@ HOST_DEVICE W rounded_to(Type type, W x) {
     return x;
 }
 
+/// The same of several, behind one test.
+template <int COUNT, typename W>
+HOST_DEVICE void round_to(Type type, W (&x)[COUNT]) {
+    if (type == Type::none) return;
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) x[k] = rounded_to(type, x[k]);
+}
+
 /// Element i of a vector of any float type.
 template <typename W>
 HOST_DEVICE W element(const Array& a, int64_t i) {
@@ -108,47 +116,58 @@ T* as(const Array& a) {
 
 // ---- pieces of rows ------------------------------------------------------------------------------------
 
-/// PIECE neighbouring elements as they came: loaded early, and widened where they are used.
+/// The elements of 16 bytes.
 template <typename T>
-struct Piece {
-    uint4 bits[PIECE * sizeof(T) / 16];
+constexpr int EACH = 16 / sizeof(T);
 
-    Piece() = default;
+/// 16 bytes as they came: loaded early, and widened where they are used.
+template <typename T>
+struct Vector {
+    uint4 bits;
 
-    /// In 16-byte loads: the address is a multiple of 16.
-    HOST_DEVICE explicit Piece(const T* from) {
-#pragma unroll
-        for (int i = 0; i < static_cast<int>(sizeof(bits) / 16); ++i)
-            bits[i] = reinterpret_cast<const uint4*>(from)[i];
-    }
+    Vector() = default;
+
+    /// At a multiple of 16 bytes.
+    HOST_DEVICE explicit Vector(const T* from) : bits(*reinterpret_cast<const uint4*>(from)) {}
 
     /// Elements low to high of them alone, at any address; 0 beside them.
-    HOST_DEVICE Piece(const T* from, int low, int high) : bits{} {
+    HOST_DEVICE Vector(const T* from, int low, int high) : bits{} {
 #pragma unroll
-        for (int k = 0; k < PIECE; ++k)
-            if (k >= low && k < high) reinterpret_cast<T*>(bits)[k] = from[k];
+        for (int k = 0; k < EACH<T>; ++k)
+            if (k >= low && k < high) reinterpret_cast<T*>(&bits)[k] = from[k];
     }
 
     template <typename W>
-    HOST_DEVICE void widen(W (&out)[PIECE]) const {
+    HOST_DEVICE void widen(W (&out)[EACH<T>]) const {
 #pragma unroll
-        for (int k = 0; k < PIECE; ++k) out[k] = widened<W>(reinterpret_cast<const T*>(bits)[k]);
+        for (int k = 0; k < EACH<T>; ++k) out[k] = widened<W>(reinterpret_cast<const T*>(&bits)[k]);
     }
 };
+
+/// COUNT neighbouring elements in as few stores as there can be. The address is a multiple of their size,
+/// or 16.
+template <int COUNT, typename T, typename W>
+HOST_DEVICE void store_together(T* to, const W (&x)[COUNT]) {
+    constexpr int BYTES = COUNT * sizeof(T);
+    using Unit = std::conditional_t<BYTES % 16 == 0, uint4, std::conditional_t<BYTES == 8, uint2, unsigned>>;
+    static_assert(BYTES % sizeof(Unit) == 0);
+    Unit units[BYTES / sizeof(Unit)];
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) reinterpret_cast<T*>(units)[k] = rounded<T>(x[k]);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(units) / sizeof(Unit)); ++i)
+        reinterpret_cast<Unit*>(to)[i] = units[i];
+}
 
 /// PIECE neighbouring elements in 16-byte loads. The address is a multiple of 16.
 template <typename T, typename W>
 HOST_DEVICE void load_piece(const T* from, W (&out)[PIECE]) {
-    Piece<T>(from).widen(out);
-}
-
-template <typename T, typename W>
-HOST_DEVICE void store_piece(T* to, const W (&x)[PIECE]) {
-    uint4 bits[PIECE * sizeof(T) / 16];
+    Vector<T> vectors[PIECE / EACH<T>];
 #pragma unroll
-    for (int k = 0; k < PIECE; ++k) reinterpret_cast<T*>(bits)[k] = rounded<T>(x[k]);
+    for (int i = 0; i < PIECE / EACH<T>; ++i) vectors[i] = Vector<T>(from + i * EACH<T>);
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(bits) / 16); ++i) reinterpret_cast<uint4*>(to)[i] = bits[i];
+    for (int k = 0; k < PIECE; ++k)
+        out[k] = widened<W>(reinterpret_cast<const T*>(&vectors[k / EACH<T>].bits)[k % EACH<T>]);
 }
 
 /// x, of which the compiler knows nothing. Else it keeps eight addresses in registers through a whole loop,
@@ -190,7 +209,7 @@ struct Matrix {
     HOST_DEVICE void store(int64_t row, int64_t column, int count, const W (&x)[PIECE]) const {
         T* to = data + row * stride + column * step;
         if (wide && count >= PIECE) {
-            store_piece(to, x);
+            store_together(to, x);
         } else {
             const int64_t apart = unknown(step);
 #pragma unroll

@@ -20,18 +20,20 @@ struct ExpRow {
 
 template <typename W>
 struct Exponent {
-    W z;      // the logit in base 2
+    W x;      // of two; fused, so that every walk rounds it alike, whatever else it computes
+    W logit;  // capped; times gain the logit in base 2
     W slope;  // the cap's 1 - tanh^2; 1 without a cap
 };
 
 template <bool CAP, typename W>
 HOST_DEVICE Exponent<W> exponent_of(W logit, const ExpRow<W>& row) {
+    W slope = 1;
     if constexpr (CAP) {
         const Capped<W> found = capped(logit * row.inner);
-        return {found.tanh * row.gain, found.slope};
-    } else {
-        return {logit * row.gain, W(1)};
+        logit = found.tanh;
+        slope = found.slope;
     }
+    return {std::fma(logit, row.gain, -row.ref), logit, slope};
 }
 
 /// The sums of a row, as one thread keeps them.

@@ -127,8 +127,9 @@ __global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 2 : 4)
         W grad[PIECE], weight[PIECE];
         a.product.load(row, column, count, grad);
         a.weight.load(y, column, count, weight);
+        round_to(a.operand, weight);
 #pragma unroll
-        for (int k = 0; k < PIECE; ++k) grad[k] = grad[k] * scale + rounded_to(a.operand, weight[k]) * coef;
+        for (int k = 0; k < PIECE; ++k) grad[k] = grad[k] * scale + weight[k] * coef;
         if (a.average) {
 #pragma unroll
             for (int k = 0; k < PIECE; ++k)
@@ -196,9 +197,15 @@ __global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 2 : 4) add_rows_kern
     const int64_t column = (static_cast<int64_t>(blockIdx.x % a.parts) * blockDim.x + threadIdx.x) * PIECE;
     const int count = static_cast<int>(min(a.hidden - column, static_cast<int64_t>(PIECE)));
     if (count <= 0) return;
+    // how far the column reaches, in growing steps and back in halves; then loads need not wait for each
+    // other
+    int64_t last = first, step = 1;
+    for (; last + step < a.count && a.column[last + step] == y; step *= 2) last += step;
+    for (; step > 0; step /= 2)
+        if (last + step < a.count && a.column[last + step] == y) last += step;
     W sums[PIECE] = {};
 #pragma unroll 4
-    for (int64_t place = first; place < a.count && a.column[place] == y; ++place) {
+    for (int64_t place = first; place <= last; ++place) {
         const int64_t entry = a.order[place];
         const int64_t row = a.index ? a.index[entry] : entry;
         const W c = element<W>(a.coef, entry);
@@ -209,8 +216,9 @@ __global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 2 : 4) add_rows_kern
 #pragma unroll
             for (int k = 0; k < PIECE; ++k) piece[k] = a.x.data ? W(0) : W(1);
         }
+        round_to(a.operand, piece);
 #pragma unroll
-        for (int k = 0; k < PIECE; ++k) sums[k] += rounded_to(a.operand, piece[k]) * c;
+        for (int k = 0; k < PIECE; ++k) sums[k] += piece[k] * c;
     }
     W before[PIECE];
     a.out.load(y, column, count, before);

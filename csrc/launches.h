@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 
 namespace fused_align {
 
@@ -33,6 +34,10 @@ struct Device {
     int index;     // of the GPU
     void* stream;  // cudaStream_t
 };
+
+/// Nothing, or a sentence why this machine's driver does not serve the CUDA runtime in the module. Where
+/// there is no driver nothing: then there is no GPU either.
+std::optional<std::string> unserved();
 
 // A tile of logits: r rows of v columns, which begin at `start` in the vocabulary.
 

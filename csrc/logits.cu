@@ -18,10 +18,10 @@ namespace {
 template <typename T>
 constexpr int VECTORS = sizeof(T) == 8 ? 2 : 4;
 
+/// 16 bytes as elements.
 template <typename T>
-struct alignas(16) Vector {
-    static constexpr int EACH = 16 / sizeof(T);
-    T x[EACH];
+struct alignas(16) Elements {
+    T x[EACH<T>];
 };
 
 // ---- a row, in vectors -----------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ struct Words {
 };
 
 template <typename T>
-HOST_DEVICE Words words(Vector<T> v) {
+HOST_DEVICE Words words(Elements<T> v) {
     Words out;
     memcpy(&out, &v, 16);
     return out;
@@ -72,7 +72,7 @@ HOST_DEVICE Words shifted(Words low, Words high, int shift) {
 /// Row of logits, of which a thread takes vectors at columns `step` apart.
 template <typename T>
 struct Row {
-    static constexpr int EACH = Vector<T>::EACH, COUNT = VECTORS<T>;
+    static constexpr int EACH = fused_align::EACH<T>, COUNT = VECTORS<T>;
 
     const T* at;
     int vocab;
@@ -87,8 +87,8 @@ struct Row {
         return first >= before && last - before + (shift == 0 ? EACH : 2 * EACH) <= vocab;
     }
 
-    HOST_DEVICE const Vector<T>* aligned(int column) const {
-        return reinterpret_cast<const Vector<T>*>(reinterpret_cast<const char*>(at + column) - shift);
+    HOST_DEVICE const Elements<T>* aligned(int column) const {
+        return reinterpret_cast<const Elements<T>*>(reinterpret_cast<const char*>(at + column) - shift);
     }
 
     /// Those at first + step i, -inf from column `end` on.
@@ -112,7 +112,7 @@ struct Row {
         }
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-            Vector<T> elements;
+            Elements<T> elements;
             memcpy(&elements, &v[i], 16);
 #pragma unroll
             for (int k = 0; k < EACH; ++k) z[i][k] = widened<W>(elements.x[k]);
@@ -122,11 +122,11 @@ struct Row {
 private:
     HOST_DEVICE Words at_edge(int column, int end) const {
         if (column + EACH <= end && holds(column, column)) {
-            const Vector<T>* from = aligned(column);
+            const Elements<T>* from = aligned(column);
             const Words v = words(from[0]);
             return shift == 0 ? v : shifted<sizeof(T)>(v, words(from[1]), shift);
         }
-        Vector<T> v;
+        Elements<T> v;
 #pragma unroll
         for (int k = 0; k < EACH; ++k) v.x[k] = column + k < end ? at[column + k] : rounded<T>(-INFINITY);
         return words(v);
@@ -166,9 +166,9 @@ struct Division {
 
 // ---- forward ---------------------------------------------------------------------------------------------
 
-/// Over a team of warps; its first thread gets the result.
+/// Over a team of warps, once in a kernel; the team's first thread gets the result.
 template <bool ENTROPY, typename W>
-__device__ __forceinline__ Online<W> over_team(Online<W> seen, int warps, W scale) {
+__device__ __forceinline__ Online<W> merged_over_team(Online<W> seen, int warps, W scale) {
     __shared__ Online<W> of_warp[THREADS / WARP];
 #pragma unroll
     for (int distance = WARP / 2; distance > 0; distance /= 2) {
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(THREADS, 3)
                  int* arrived,                        // [rows], 0
                  double scalar, Division by, int64_t rows, int vocab, int64_t stride) {
     using W = Work<T>;
-    constexpr int EACH = Vector<T>::EACH, COUNT = VECTORS<T>;
+    constexpr int EACH = fused_align::EACH<T>, COUNT = VECTORS<T>;
     const int64_t row = by.row();
     const int64_t y = row < rows ? target[row] : IGNORE_INDEX;
     const bool live = y != IGNORE_INDEX;
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(THREADS, 3)
             see<ENTROPY>(seen, z, scale);
         }
     }
-    seen = over_team<ENTROPY>(seen, by.warps, scale);
+    seen = merged_over_team<ENTROPY>(seen, by.warps, scale);
 
     if (by.parts > 1) {
         if (threadIdx.x == 0) partial[row * by.parts + by.part()] = seen;
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(THREADS, 3)
                     int64_t stride,  // of a row of logits
                     int64_t out_stride) {
     using W = Work<T>;
-    constexpr int EACH = Vector<T>::EACH, COUNT = VECTORS<T>;
+    constexpr int EACH = fused_align::EACH<T>, COUNT = VECTORS<T>;
     __shared__ RowSlope<W> slope_of[THREADS / WARP];
     __shared__ bool alive_of[THREADS / WARP];
     const int64_t row = by.row();
@@ -335,11 +335,11 @@ __global__ void __launch_bounds__(THREADS, 3)
         }
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-            Vector<T> v;
+            Elements<T> v;
 #pragma unroll
             for (int k = 0; k < EACH; ++k) v.x[k] = rounded<T>(z[i][k]);
             const int column = first + i * step;
-            if (column < outer) *reinterpret_cast<Vector<T>*>(to + column) = v;
+            if (column < outer) *reinterpret_cast<Elements<T>*>(to + column) = v;
             if (own >= column && own < column + EACH && own < outer) to[own] = rounded<T>(slope.own);
         }
     }
@@ -355,7 +355,7 @@ void logit_stats(Device on, Array logits, Array target, Array inverse, Array log
     with_float("logit_stats", logits.type, [&](auto tag) {
         using T = TypeOf<decltype(tag)>;
         using W = Work<T>;
-        const Division by("logit_stats", vocab, parts, THREADS * Vector<T>::EACH * VECTORS<T>);
+        const Division by("logit_stats", vocab, parts, THREADS * fused_align::EACH<T> * VECTORS<T>);
         const auto kernel = entropy.data != nullptr ? stats_kernel<T, true> : stats_kernel<T, false>;
         launch("logit_stats", on, by.blocks(rows), THREADS, kernel, as<T>(logits), as<int64_t>(target),
                inverse, as<W>(logp), as<W>(lse), as<W>(entropy), as<W>(largest), as<W>(total),
@@ -371,7 +371,7 @@ void logit_gradient(Device on, Array dlogp, Array dlse, Array dentropy, Array lo
     with_float("logit_gradient", logits.type, [&](auto tag) {
         using T = TypeOf<decltype(tag)>;
         using W = Work<T>;
-        const Division by("logit_gradient", vocab, parts, THREADS * Vector<T>::EACH * VECTORS<T>);
+        const Division by("logit_gradient", vocab, parts, THREADS * fused_align::EACH<T> * VECTORS<T>);
         const auto kernel = dentropy.data != nullptr ? gradient_kernel<T, true> : gradient_kernel<T, false>;
         launch("logit_gradient", on, by.blocks(rows), THREADS, kernel, dlogp, dlse, dentropy, as<T>(logits),
                as<int64_t>(target), as<W>(logp), as<W>(entropy), as<W>(largest), as<W>(total), inverse,

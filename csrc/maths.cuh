@@ -84,11 +84,12 @@ HOST_DEVICE Capped<W> capped(W x) {
     // near 0, where the formula by exponentials cancels, tanh is its series
     constexpr W NEAR = sizeof(W) == 8 ? W(0.02) : W(0.25);
     const W e = power_of_two(static_cast<W>(-2 * LOG2E) * static_cast<W>(fabs(x)));
-    const W ratio = (W(1) - e) / (W(1) + e), q = x * x;
+    const W share = W(1) / (W(1) + e), q = x * x;  // one division: they cost more than all the rest
+    const W far = W(1) - W(2) * e * share;
     const W series =
         W(1) + q * (W(-1.0 / 3) +
                     q * (W(2.0 / 15) + q * (W(-17.0 / 315) + q * (W(62.0 / 2835) - q * W(1382.0 / 155925)))));
-    return {fabs(x) < NEAR ? x * series : x < W(0) ? -ratio : ratio, W(4) * e / ((W(1) + e) * (W(1) + e))};
+    return {fabs(x) < NEAR ? x * series : x < W(0) ? -far : far, W(4) * e * share * share};
 }
 
 }  // namespace fused_align

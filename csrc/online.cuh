@@ -15,7 +15,7 @@ namespace fused_align {
 constexpr double NOTHING = -1000.0;
 
 template <typename W>
-constexpr W LOWEST = std::numeric_limits<W>::lowest();
+constexpr W LEAST_FINITE = std::numeric_limits<W>::lowest();
 
 /// What a thread has seen of a row, the target apart: an online softmax.
 template <typename W>
@@ -27,7 +27,7 @@ struct Online {
 
 template <typename W>
 HOST_DEVICE Online<W> nothing_seen() {
-    return {LOWEST<W>, W(0), W(0)};
+    return {LEAST_FINITE<W>, W(0), W(0)};
 }
 
 /// The larger of the two; NaN is passed over. It comes through by the sums.

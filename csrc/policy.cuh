@@ -71,7 +71,8 @@ HOST_DEVICE Gain clipped_gain(double ratio, double advantage, const double (&own
     const double share = free == held ? 0.5 : free < held ? 1.0 : 0.0;
     const double by_free = ratio <= delta ? share : 0.0;
     const double by_held = ratio >= low && ratio <= high ? 1.0 - share : 0.0;
-    const bool cut_low = ratio < low && advantage<0.0, cut_high = ratio> high && advantage > 0.0;
+    const bool cut_low = ratio < low && advantage < 0.0;
+    const bool cut_high = ratio > high && advantage > 0.0;
     return {-(free < held ? free : held), -(by_free + by_held) * advantage, 0.0, cut_low, cut_high};
 }
 

@@ -51,14 +51,13 @@ __device__ __forceinline__ T over_block(T x, Op op) {
     return over_team(x, blockDim.x / WARP, op);
 }
 
-/// Whether this block is the last of `blocks` to come here: it then sees what all others wrote before.
-/// Each block adds itself once to *counter, 0 before the launch. Read what others wrote by __ldcg: lines of
-/// the L1 cache may be older.
+/// Whether this block is the last of `blocks` to come here: it then sees what thread 0 of each wrote before.
+/// Each block adds itself once to *counter, 0 before the launch. Read what they wrote by __ldcg: lines of the
+/// L1 cache may be older.
 __device__ __forceinline__ bool is_last(int* counter, int blocks) {
     __shared__ bool last;
-    __threadfence();  // each thread's own writes, before its block is counted
-    __syncthreads();
     if (threadIdx.x == 0) {
+        __threadfence();  // its writes before its block is counted
         last = atomicAdd(counter, 1) == blocks - 1;
         __threadfence();
     }

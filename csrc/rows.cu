@@ -42,8 +42,9 @@ __global__ void __launch_bounds__(THREADS) open_rows_kernel(const OpenRows<X, V>
         W one[PIECE], other[PIECE], dot = 0;
         a.x.load(row, column, count, one);
         a.weight.load(y, column, count, other);
+        round_to(a.operand, other);
 #pragma unroll
-        for (int k = 0; k < PIECE; ++k) dot += one[k] * rounded_to(a.operand, other[k]);
+        for (int k = 0; k < PIECE; ++k) dot += one[k] * other[k];
         sum += dot;
     }
     sum = over_warp(sum, Add());

@@ -44,14 +44,12 @@ template <bool CAP, typename L, typename O, typename W>
 __device__ __forceinline__ void watch(const ExpTile<L, O, W>& a, const Strip& at, int warps, ExpRow<W>& row,
                                       Before& sums) {
     W largest = static_cast<W>(-INFINITY);
-    at.for_pieces<W>(a.logits + at.row * a.logits_stride,
-                     [&](int column, W(&piece)[PIECE], int low, int high) {
-                         if (a.bias) add_columns(piece, a.bias, column, low, high);
+    at.for_vectors<W>(a.logits + at.row * a.logits_stride, [&](int column, auto& x, int low, int high) {
+        if (a.bias) add_columns(x, a.bias, column, low, high);
 #pragma unroll
-                         for (int k = 0; k < PIECE; ++k)
-                             if (k >= low && k < high)
-                                 largest = Most()(largest, exponent_of<CAP>(piece[k], row).z - row.ref);
-                     });
+        for (int k = 0; k < EACH<L>; ++k)
+            if (k >= low && k < high) largest = Most()(largest, exponent_of<CAP>(x[k], row).x);
+    });
     const Moved by = moved_by(over_team(largest, warps, Most()));
     row.ref += static_cast<W>(by.jump);
     if (by.jump > 0) {
@@ -66,41 +64,41 @@ __device__ __forceinline__ void watch(const ExpTile<L, O, W>& a, const Strip& at
     if (at.leader && a.pivot) a.pivot[at.row] = sums.pivot;
 }
 
-/// One piece: its exponentials, added to the sums and written.
+/// 16 bytes of logits: their exponentials, added to the sums and written.
 template <bool CAP, bool MORE, typename L, typename O, typename W>
-__device__ __forceinline__ void exp_piece(const ExpTile<L, O, W>& a, int64_t r, int own, const ExpRow<W>& row,
-                                          W pivot, int column, W (&piece)[PIECE], int low, int high,
-                                          RowSums<W>& sums) {
-    W e[PIECE], slope[PIECE];
-    if (a.bias) add_columns(piece, a.bias, column, low, high);
+__device__ __forceinline__ void exp_vector(const ExpTile<L, O, W>& a, int64_t r, int own,
+                                           const ExpRow<W>& row, W pivot, int column, W (&x)[EACH<L>],
+                                           int low, int high, RowSums<W>& sums) {
+    W e[EACH<L>], slope[EACH<L>];
+    if (a.bias) add_columns(x, a.bias, column, low, high);
+    if constexpr (MORE) only_inside(x, low, high);
 #pragma unroll
-    for (int k = 0; k < PIECE; ++k) {
-        const Exponent<W> found = exponent_of<CAP>(piece[k], row);
+    for (int k = 0; k < EACH<L>; ++k) {
+        const Exponent<W> found = exponent_of<CAP>(x[k], row);
+        if constexpr (MORE) sums.logits += found.logit;  // the cap of 0 is 0
         slope[k] = found.slope;
-        piece[k] = found.z;
-        e[k] = power_of_two(found.z - row.ref);
-    }
-    if constexpr (MORE) {
-        only_inside(piece, low, high);
-#pragma unroll
-        for (int k = 0; k < PIECE; ++k) sums.logits += piece[k];
+        x[k] = found.x;
+        e[k] = power_of_two(found.x);
     }
     only_inside(e, low, high);
     without(e, own - column);
-    sums.total += ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]));
+    W total = 0;
+#pragma unroll
+    for (int k = 0; k < EACH<L>; k += 2) total += e[k] + e[k + 1];
+    sums.total += total;
     if constexpr (MORE) {
 #pragma unroll
-        for (int k = 0; k < PIECE; ++k) {
-            sums.moment += times(e[k], piece[k] - row.ref + pivot);
+        for (int k = 0; k < EACH<L>; ++k) {
+            sums.moment += times(e[k], x[k] + pivot);
             if (a.squares) sums.squares += static_cast<double>(e[k]) * e[k];
         }
     }
     if constexpr (!std::is_same_v<O, Nothing>) {
         if constexpr (CAP) {
 #pragma unroll
-            for (int k = 0; k < PIECE; ++k) e[k] *= slope[k];
+            for (int k = 0; k < EACH<L>; ++k) e[k] *= slope[k];
         }
-        write_piece(a.out + r * a.out_stride + column, e, low, high);
+        write(a.out + r * a.out_stride + column, e, low, high);
     }
 }
 
@@ -128,7 +126,9 @@ __device__ __forceinline__ bool gather_strips(double* partials, int* counters, c
 /// sums and a cap: 3 blocks of 256 threads, 48 KiB on their way per multiprocessor; 112 with all of them, 2
 /// blocks.
 template <typename L, typename O, typename W, bool CAP, bool MORE>
-__global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 1
+                                           : MORE         ? 2
+                                                          : 3)
     exp_tile_kernel(const ExpTile<L, O, W> a, const Share share) {
     const Strip at(share);
     const int64_t r = at.here ? at.row : 0;
@@ -141,15 +141,15 @@ __global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 1 : 2)
 
     RowSums<W> sums;
     const W pivot = static_cast<W>(before.pivot);
-    at.for_pieces<W>(a.logits + r * a.logits_stride, [&](int column, W(&piece)[PIECE], int low, int high) {
-        exp_piece<CAP, MORE>(a, r, own, row, pivot, column, piece, low, high, sums);
+    at.for_vectors<W>(a.logits + r * a.logits_stride, [&](int column, auto& x, int low, int high) {
+        exp_vector<CAP, MORE>(a, r, own, row, pivot, column, x, low, high, sums);
     });
 
     double found[4] = {static_cast<double>(over_team(sums.total, share.warps, Add()))};
     if constexpr (MORE) {
         found[1] = over_team(static_cast<double>(sums.moment), share.warps, Add());
         found[2] = over_team(sums.squares, share.warps, Add());
-        found[3] = over_team(static_cast<double>(sums.logits), share.warps, Add());
+        found[3] = over_team(static_cast<double>(sums.logits), share.warps, Add()) * row.gain;
     }
     if (share.strips > 1 && !gather_strips<W>(a.partials, a.counters, at, share.strips, found)) return;
     if (!at.leader) return;
@@ -256,26 +256,26 @@ __global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 1 : 2)
     const ExpRow<W> row{a.gain[r], a.ref[r], a.inner};
     const W constant = a.constant ? a.constant[r] : W(1), mixing = a.constant ? a.mixing[r] : W(0);
     const W uniform = a.uniform ? a.uniform[r] : W(0);
-    at.for_pieces<W>(a.logits + r * a.logits_stride, [&](int column, W(&piece)[PIECE], int low, int high) {
-        W e[PIECE], slope[PIECE];
-        if (a.bias) add_columns(piece, a.bias, column, low, high);
+    at.for_vectors<W>(a.logits + r * a.logits_stride, [&](int column, auto& x, int low, int high) {
+        W e[EACH<L>], slope[EACH<L>];
+        if (a.bias) add_columns(x, a.bias, column, low, high);
 #pragma unroll
-        for (int k = 0; k < PIECE; ++k) {
-            const Exponent<W> found = exponent_of<CAP>(piece[k], row);
+        for (int k = 0; k < EACH<L>; ++k) {
+            const Exponent<W> found = exponent_of<CAP>(x[k], row);
             slope[k] = found.slope;
-            piece[k] = found.z - row.ref;
-            e[k] = power_of_two(piece[k]);
+            x[k] = found.x;
+            e[k] = power_of_two(found.x);
         }
         without(e, own - column);
         if (a.constant) {
 #pragma unroll
-            for (int k = 0; k < PIECE; ++k) e[k] = mixed(e[k], piece[k], constant, mixing);
+            for (int k = 0; k < EACH<L>; ++k) e[k] = mixed(e[k], x[k], constant, mixing);
         }
         if constexpr (CAP) {
 #pragma unroll
-            for (int k = 0; k < PIECE; ++k) e[k] = (e[k] + uniform) * slope[k];
+            for (int k = 0; k < EACH<L>; ++k) e[k] = (e[k] + uniform) * slope[k];
         }
-        write_piece(a.out + r * a.out_stride + column, e, low, high);
+        write(a.out + r * a.out_stride + column, e, low, high);
     });
 }
 
@@ -338,17 +338,14 @@ __global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 1 : 2)
     const int64_t r = at.row, place = a.live ? a.live[r] : r;
     const W down = a.before ? power_of_two(a.before[r] - a.after[r]) : W(1);
     const W constant = a.constant ? a.constant[r] : W(1), mixing = a.constant ? a.mixing[r] : W(0);
-    at.for_pieces<W>(a.kept + place * a.kept_stride,
-                     [&](int column, const W(&piece)[PIECE], int low, int high) {
-                         W e[PIECE];
+    at.for_vectors<W>(a.kept + place * a.kept_stride, [&](int column, auto& e, int low, int high) {
 #pragma unroll
-                         for (int k = 0; k < PIECE; ++k) {
-                             e[k] = piece[k] * down;
-                             if (a.constant)
-                                 e[k] = mixed(e[k], log_two(e[k] > a.tiny ? e[k] : a.tiny), constant, mixing);
-                         }
-                         write_piece(a.out + r * a.out_stride + column, e, low, high);
-                     });
+        for (int k = 0; k < EACH<T>; ++k) {
+            e[k] *= down;
+            if (a.constant) e[k] = mixed(e[k], log_two(e[k] > a.tiny ? e[k] : a.tiny), constant, mixing);
+        }
+        write(a.out + r * a.out_stride + column, e, low, high);
+    });
 }
 
 }  // namespace
@@ -373,29 +370,33 @@ void kept_tile(Device on, Array kept, Array out, Array live, Array before, Array
 
 namespace {
 
-constexpr int PIECES = 8, LINES = THREADS / PIECES;  // a block: 64 columns, 32 rows at a time
+constexpr int PIECES = 4, LINES = THREADS / PIECES;  // a block: 32 columns, 64 rows at a time
 
-/// out += coef @ tile: dbias. A block sums all rows of 64 columns, 128 bytes or more of each.
+/// out += coef @ tile: dbias. A block sums all rows of 32 columns, 64 bytes or more of each.
 ///
-/// Moves sizeof(T) bytes per element. At most 40 registers, 8.1 KiB of shared memory: 6 blocks of 256
+/// Moves sizeof(T) bytes per element. At most 64 registers, 8.3 KiB of shared memory: 4 blocks of 256
 /// threads.
 template <typename T, typename W>
-__global__ void __launch_bounds__(THREADS) add_products_kernel(W* out,         // [v] added to
-                                                               const T* tile,  // [r, v]
-                                                               const W* coef,  // [r]
-                                                               int64_t rows, int cols, int64_t stride) {
+__global__ void __launch_bounds__(THREADS)
+    add_products_kernel(W* out,         // [v] added to
+                        const T* tile,  // [r, v]
+                        const W* coef,  // [r]
+                        int64_t rows, int cols, int64_t stride,
+                        bool wide) {  // rows begin at multiples of 16 bytes
     __shared__ W found[LINES][PIECES * PIECE + 1];
     const int line = threadIdx.x / PIECES, at = threadIdx.x % PIECES * PIECE;
     const int column = blockIdx.x * PIECES * PIECE + at, count = min(cols - column, PIECE);
     W sums[PIECE] = {};
-    for (int64_t row = line; row < rows && count > 0; row += LINES) {
+#pragma unroll 4
+    for (int64_t row = line; row < rows; row += LINES) {
         const T* from = tile + row * stride + column;
         const W c = coef[row];
         W piece[PIECE];
-        if (count == PIECE && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+        if (count == PIECE && wide) {
             load_piece(from, piece);
         } else {
-            Piece<T>(from, 0, count).widen(piece);
+#pragma unroll
+            for (int k = 0; k < PIECE; ++k) piece[k] = k < count ? widened<W>(from[k]) : W(0);
         }
 #pragma unroll
         for (int k = 0; k < PIECE; ++k) sums[k] += c * piece[k];
@@ -420,7 +421,8 @@ void add_products(Device on, Array out, Array tile, Array coef, int64_t rows, in
         const auto with = [&](auto t) {
             using T = TypeOf<decltype(t)>;
             launch("add_products", on, blocks, THREADS, add_products_kernel<T, W>, as<W>(out), as<T>(tile),
-                   as<W>(coef), rows, static_cast<int>(cols), tile_stride);
+                   as<W>(coef), rows, static_cast<int>(cols), tile_stride,
+                   Matrix<const T>(tile, tile_stride).wide);
         };
         if (tile.type == Type::bfloat16) return with(Tag<bfloat16>{});
         with(w);

@@ -92,7 +92,7 @@ def build(
     names = "".join(path.name for path in commands) + SCRIPT.read_text()
     key = hashlib.sha256(names.encode()).hexdigest()[:24]
     library = _cache() / f"{name}-{key}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    with (_cache() / f"{name}.lock").open("w") as lock:
+    with library.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             missing = [path for path in commands if not path.exists()]

@@ -7,6 +7,8 @@ test with the fixture `backend` (conftest.py) runs on each.
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
+from types import ModuleType
 
 import emulated
 import pytest
@@ -36,4 +38,20 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device | None 
         pytest.skip(reason)
     monkeypatch.setenv("FUSED_ALIGN_BACKEND", name)
     if name == "cuda" and device.type == "cpu":
-        monkeypatch.setattr(cuda_, "module", emulated.load())
+        monkeypatch.setattr(cuda_, "module", emulated_module())
+
+
+def emulated_module() -> ModuleType:
+    """csrc/ for the CPU. Sources that do not compile are compiled once, not by every test again."""
+    found = _loaded()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+@cache
+def _loaded() -> ModuleType | str:
+    try:
+        return emulated.load()
+    except RuntimeError as error:
+        return str(error)

@@ -1,15 +1,15 @@
-"""Launches every kernel once or more at small sizes: compute-sanitizer python tests/sanitize.py triton cuda
+"""Launches every kernel once or more at small sizes: compute-sanitizer python tests/sanitize.py
 
-Sizes are multiples of nothing, so that reads and writes past an edge would show. Without names it is every
-backend of kernels that can run on the GPU. Where there is none, `cuda` runs under the emulation: for
-AddressSanitizer with the environment `emulated.sanitized()`.
+Sizes are multiples of nothing, so that reads and writes past an edge would show. Without names of backends
+those run that can. Where there is no GPU, `cuda` runs under the emulation, with AddressSanitizer in the
+environment `emulated.sanitized()`.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -25,23 +25,26 @@ from fused_align.backends import cuda_
 
 S, T, H, V = 6, 11, 72, 1031
 LOSSES = (fa.SFT(label_smoothing=0.1), fa.DPO(wpo=True), fa.DPO(), fa.MADPO(), fa.KTO(), fa.GRPO(), fa.GSPO())
+DTYPES = (torch.float32, torch.bfloat16)
 Call = Callable[[], list[Tensor]]  # -> all that it computes
 
 
-def calls(backend: str, device: torch.device) -> Iterator[tuple[str, Call]]:
+def calls(
+    backend: str, device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES
+) -> Iterator[tuple[str, Call]]:
     """Calls of the package by name, that together launch every kernel."""
     heads = ({}, {"bias": torch.randn(V), "softcap": 5.0, "temperature": 0.5 + torch.rand(S, T)})
-    for dtype, head, static in itertools.product((torch.float32, torch.bfloat16), heads, (False, True)):
-        name = f"{dtype} {' '.join(head)} {'static' if static else ''}"
+    # static: no look at what was found, so every walk watches; cut: several blocks share a row, as of few
+    ways = ("", "static", "cut") if backend == "cuda" else ("", "static")
+    for dtype, head, way in itertools.product(dtypes, heads, ways):
         head = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in head.items()}
-        options = {"backend": backend, "max_live": S * T if static else None, **head}
-        cut = static and backend == "cuda"
-        for each, call in _of_one_head(backend, dtype, device, options):
-            yield f"{each} {name}", partial(_cut, call) if cut else call
+        options = {"backend": backend, "max_live": S * T if way == "static" else None, **head}
+        for name, call in _of_one_head(backend, dtype, device, options):
+            yield f"{name} {dtype} {' '.join(head)} {way}", partial(_cut, call) if way == "cut" else call
 
 
 def _cut(call: Call) -> list[Tensor]:
-    """With several blocks to a row, as if it were a long one."""
+    """As if rows were long."""
     with ExitStack() as stack:
         for name, size in (("launches.STRIP", 200), ("launches.BUSY", 200), ("logits.COLUMNS", 200)):
             stack.enter_context(patch(f"fused_align.backends.cuda_.{name}", size))
@@ -116,15 +119,19 @@ def _grads(leaves: list[Tensor]) -> list[Tensor]:
     return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
-def main(names: list[str]) -> None:
-    for name in names or [each for each in kernels.BACKENDS if kernels.why_not(each) is None]:
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Launches every kernel once or more at small sizes.")
+    parser.add_argument("backends", nargs="*", help="triton, cuda; by default all that can run here")
+    parser.add_argument("--dtypes", nargs="+", default=[str(x).removeprefix("torch.") for x in DTYPES])
+    given = parser.parse_args()
+    for name in given.backends or [each for each in kernels.BACKENDS if kernels.why_not(each) is None]:
         reason = kernels.why_not(name)
         if reason is not None:
-            raise SystemExit(f"{name} cannot run here: {reason}.")
+            parser.error(f"{name} cannot run here: {reason}.")
         if name == "cuda" and kernels.DEVICE.type == "cpu":
             cuda_.module = emulated.load()
         torch.manual_seed(0)
-        for _, call in calls(name, kernels.DEVICE):
+        for _, call in calls(name, kernels.DEVICE, [getattr(torch, dtype) for dtype in given.dtypes]):
             call()
         if kernels.DEVICE.type == "cuda":
             torch.cuda.synchronize()
@@ -132,4 +139,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,4 +1,4 @@
-"""Which backend runs, and what only the triton backend has: plan `fused`, tuning, rounded logits."""
+"""Which backend runs; rounded logits and far offsets in kernels; triton's plan `fused` and its tuning."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kernels
 import pytest
 import torch
 from cases import make_case, make_head, randn, run_loss
@@ -56,8 +57,7 @@ def test_triton_says_why_not(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.setenv("FUSED_ALIGN_BACKEND", "triton")
+    kernels.use("triton", monkeypatch)
 
 
 # --- plan fused ---
@@ -113,7 +113,7 @@ def test_fused_says_what_it_cannot():
 # --- rounded logits ---
 
 
-@pytest.mark.usefixtures("triton")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("plan", ["score", "jacobian", "recompute"])
 def test_rounded_logits(plan: str, dtype: torch.dtype):
@@ -144,7 +144,7 @@ def far_apart(x: Tensor, by_column: bool) -> Tensor:
     return torch.empty(size, dtype=x.dtype, device="cpu").as_strided(x.shape, strides).copy_(x)
 
 
-@pytest.mark.usefixtures("triton")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.skipif(GPU, reason="a GPU has no pages that take no memory")
 @pytest.mark.parametrize("by_column", [False, True])
 @pytest.mark.parametrize("plan", ["jacobian", "recompute"])

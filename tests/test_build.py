@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 KNOWN = ["75", "80", "86", "89", "90", "90a", "100", "100a", "100f", "120"]
 
 #: the most registers of a thread on any architecture, in the eights that a GPU gives out: in variants for
-#: float32 and 16-bit tensors, and with float64. A multiprocessor has 65536, four blocks of 256 threads with 64.
+#: float32 and 16-bit tensors, and with float64. A multiprocessor has 65536: four blocks of 256 threads at 64.
 REGISTERS = {
     "add_products": (40, 56), "add_rows": (64, 72), "close_product": (40, 40), "coefficients": (56, 56),
     "compact": (32, 0), "exp_tile": (112, 144), "finish_rows": (40, 40), "grad_tile": (88, 128),

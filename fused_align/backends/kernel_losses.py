@@ -440,8 +440,17 @@ def _clip(humanline: Humanline | None) -> tuple[float, float]:
     return (-math.inf, math.inf) if humanline is None else (humanline.log_eps_p, humanline.log_eps_r)
 
 
-@lru_cache(maxsize=128)
 def _params(values: tuple[float, ...], device: torch.device) -> Tensor:  # -> float64
+    """Kept for later calls on the same stream; not what a graph's capture only records."""
+    if device.type != "cuda":
+        return _kept_params(values, device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return _kept_params.__wrapped__(values, device, 0)
+    return _kept_params(values, device, torch.cuda.current_stream(device).stream_id)
+
+
+@lru_cache(maxsize=128)
+def _kept_params(values: tuple[float, ...], device: torch.device, stream: int) -> Tensor:
     """Built on the device: a copy from the host would wait for it."""
     return torch.stack([torch.full((), x, dtype=torch.float64, device=device) for x in values])
 

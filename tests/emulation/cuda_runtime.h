@@ -246,6 +246,12 @@ inline cudaError_t cudaSetDevice(int device) {
     return emulation::failed(cudaErrorInvalidDevice, "the emulation has device 0 and no other");
 }
 
+inline cudaError_t cudaDriverGetVersion(int* version) {
+    *version = 13000;
+    return cudaSuccess;
+}
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
+
 inline cudaError_t cudaGetDevice(int* device) {
     *device = 0;
     return cudaSuccess;

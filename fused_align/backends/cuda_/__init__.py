@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from types import ModuleType
 
 import torch
@@ -25,9 +26,11 @@ def _built() -> ModuleType | str:
 
 
 #: the compiled module, or a sentence why there is none. It has a launch function for every kernel; `device`,
-#: the kind of device whose tensors it takes; `archs`, what it was compiled for: "80 90a 100 +PTX". (It is
-#: loaded here, since torch.compile could not follow an import.)
+#: the kind of device whose tensors it takes; `archs`, what it was compiled for: "80 90a 100+PTX"; and
+#: `unserved()`, None or why the driver of this machine does not serve it. (Loaded and asked here, since
+#: torch.compile could follow neither.)
 module = _built()
+_unserved = None if isinstance(module, str) else module.unserved()
 
 
 def why_not(device: torch.device) -> str | None:
@@ -40,6 +43,8 @@ def why_not(device: torch.device) -> str | None:
         return None
     if torch.version.hip is not None:
         return "its kernels need an NVIDIA GPU"
+    if _unserved is not None:
+        return _unserved
     found = torch.cuda.get_device_properties(device)  # (a constant to torch.compile)
     if found.major < OLDEST:
         return f"it needs compute capability {OLDEST}.0; this GPU has {found.major}.{found.minor}"
@@ -54,13 +59,13 @@ def why_not(device: torch.device) -> str | None:
 def _has_code(archs: str, major: int, minor: int) -> bool:
     """Whether code for some of `archs` runs on a GPU of this compute capability.
 
-    That of 8.0 runs on 8.6, that of 9.0a on 9.0 alone; PTX, of the newest without an a, on all later ones.
+    That of 8.0 runs on 8.6 too, that of 10.0f on 10.3, that of 9.0a on 9.0 alone; PTX of 8.0 on all later.
     """
-    *targets, last = archs.split()
-    ptx = last == "+PTX"
-    if not ptx:
-        targets.append(last)
-    plain = [divmod(int(arch), 10) for arch in targets if arch.isdigit()]
-    exact = [divmod(int(arch[:-1]), 10) for arch in targets if not arch.isdigit()]
-    runs = any(own_major == major and own_minor <= minor for own_major, own_minor in plain)
-    return runs or (major, minor) in exact or (ptx and bool(plain) and max(plain) <= (major, minor))
+    for arch in archs.split():
+        number, kind, ptx = re.fullmatch(r"(\d+)([af]?)(\+PTX)?", arch).groups()  # type: ignore[union-attr]
+        own = divmod(int(number), 10)
+        if own == (major, minor) or kind != "a" and own[0] == major and own[1] <= minor:
+            return True
+        if ptx and not kind and own <= (major, minor):
+            return True
+    return False

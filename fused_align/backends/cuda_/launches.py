@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -16,34 +17,46 @@ from ..kernel_losses import Launch
 #: the element types, by the numbers of csrc/launches.h
 TYPES = {
     torch.float64: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4, torch.int64: 5,
-    torch.int32: 6, torch.uint8: 7,
+    torch.int32: 6, torch.uint8: 7, torch.bool: 7,
 }  # fmt: skip
 BUSY = 4  # blocks for each multiprocessor, with which a GPU has enough to do
-STRIP = 4096  # the fewest columns of a row that are worth a block of their own
+STRIP = 8192  # the fewest columns of a row that are worth a block of their own
 SUMS = 4  # that a strip of a row has
 PIECE = 1024  # the fewest tokens of a sequence that are worth a block of their own
 
 
 def launch(name: str, device: torch.device, *args: object, **named: object) -> None:
-    """Calls a launch function, on the current stream of a device.
+    """Calls a launch function, on the current stream of a device, where all tensors have to be.
 
     Raises:
         RuntimeError: the kernel could not be launched; the message names it.
+        ValueError, TypeError: a tensor of another device, or of a type that no kernel takes.
     """
     function = getattr(cuda_.module, name)
-    crossed = [_crossed(x) for x in args], {key: _crossed(x) for key, x in named.items()}
+    crossed = [_crossed(name, x, device) for x in args]
+    options = {key: _crossed(name, x, device) for key, x in named.items()}
     if device.type != "cuda":
-        function((0, 0), *crossed[0], **crossed[1])
+        function((0, 0), *crossed, **options)
         return
-    with torch.cuda.device(device):
-        on = torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
-        function(on, *crossed[0], **crossed[1])
+    with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
+        function((device.index, torch.cuda.current_stream().cuda_stream), *crossed, **options)
 
 
-def _crossed(x: object) -> object:
-    if isinstance(x, Tensor):
-        return x.data_ptr(), TYPES[x.dtype]
-    return TYPES[x] if isinstance(x, torch.dtype) else x
+def _crossed(name: str, x: object, device: torch.device) -> object:
+    if isinstance(x, torch.dtype):
+        return TYPES[x]
+    if not isinstance(x, Tensor):
+        return x
+    if x.device != device:
+        raise ValueError(
+            f"{name}: all tensors must be on {device}; got {x.dtype} {list(x.shape)} on {x.device}. Move it."
+        )
+    if x.dtype not in TYPES:
+        raise TypeError(
+            f"{name}: its kernel takes float64, float32, bfloat16, float16, int64, int32, uint8 and bool; "
+            f"got {x.dtype}."
+        )
+    return x.data_ptr(), TYPES[x.dtype]
 
 
 def _step(name: str) -> Callable[..., None]:
@@ -130,12 +143,12 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def loss(one: Launch, device: torch.device) -> None:
-    pieces = _pieces(one, device)
+    arguments, pieces = one.arguments, _pieces(one, device)
     if pieces > 1:
         programs = one.programs * pieces
-        partials = one.arguments["partials"].new_empty(one.arguments["K"], programs)
-        one.arguments.update(pieces=pieces, programs=programs, partials=partials)
-    launch(one.kernel, device, **one.arguments)
+        partials = arguments["partials"].new_empty(arguments["K"], programs)
+        arguments = {**arguments, "pieces": pieces, "programs": programs, "partials": partials}
+    launch(one.kernel, device, **arguments)
 
 
 def _pieces(one: Launch, device: torch.device) -> int:
@@ -144,4 +157,4 @@ def _pieces(one: Launch, device: torch.device) -> int:
     if one.kernel != "policy_loss" or given["RATIO"] != RatioOf.TOKEN or given["WHOLE"]:
         return 1
     tokens = given["logp"].numel() // one.programs
-    return max(1, min(-(-tokens // PIECE), 2 * multiprocessors(device) // one.programs))
+    return max(1, min(-(-tokens // PIECE), multiprocessors(device) // one.programs))
