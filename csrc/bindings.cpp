@@ -62,7 +62,8 @@ PYBIND11_MODULE(_cuda, m) {
     using Unlocked =
         py::call_guard<py::gil_scoped_release>;  // a launch may wait, for a full queue or a compiler
     m.attr("device") = FUSED_ALIGN_DEVICE;       // of the tensors that it takes
-    m.attr("archs") = FUSED_ALIGN_ARCHS;         // that it was compiled for
+    m.attr("interface") = INTERFACE;
+    m.attr("archs") = FUSED_ALIGN_ARCHS;  // that it was compiled for
     m.def("unserved", unserved);
     m.def("exp_tile", exp_tile, Unlocked());
     m.def("grad_tile", grad_tile, Unlocked());

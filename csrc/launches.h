@@ -11,6 +11,10 @@
 
 namespace fused_align {
 
+/// Of the launch functions: one more for every change of them or of what their arguments mean.
+/// fused_align/backends/cuda_ has the same number, and refuses a module with another.
+constexpr int INTERFACE = 1;
+
 /// Types of elements; fused_align/backends/cuda_ has the same numbers.
 enum class Type : int { none, float64, float32, bfloat16, float16, int64, int32, uint8 };
 

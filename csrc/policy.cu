@@ -117,8 +117,7 @@ __device__ __forceinline__ WholeSequence whole_sequence(const PolicyLoss& a, con
 /// found by every block. One walk; two where the sequence has one ratio, three where that has a gradient. In
 /// the first each token costs 8 bytes of target, 4 of each column and 4 of c, 24 with a reference: 0.4 MB of
 /// 16384 tokens, little beside the latencies, for which a thread loads STEP tokens at once. 16-byte loads
-/// would need sequences that begin at multiples of 4. 512 threads with 128 registers: one block per SM, and
-/// there are fewer blocks than SMs.
+/// would need sequences that begin at multiples of 4. 512 threads with 128 registers: one block per SM.
 template <bool SINGLE>
 __global__ void __launch_bounds__(LOSS_THREADS, 1) policy_loss_kernel(const PolicyLoss a) {
     __shared__ Scratch scratch;

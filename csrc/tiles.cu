@@ -244,7 +244,7 @@ struct GradTile {
 
 /// What the gradient GEMMs take of a tile; see `torch_.grad_tile`.
 ///
-/// Moves sizeof(L) + sizeof(O) bytes per logit. At most 80 registers, 88 with a cap: 3 blocks of 256 threads,
+/// Moves sizeof(L) + sizeof(O) bytes per logit. At most 80 registers, 96 with a cap: 3 blocks of 256 threads,
 /// or 2, and 48 KiB, or 32, on their way per multiprocessor.
 template <typename L, typename O, typename W, bool CAP>
 __global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 1 : 2)
@@ -374,7 +374,7 @@ constexpr int PIECES = 4, LINES = THREADS / PIECES;  // a block: 32 columns, 64 
 
 /// out += coef @ tile: dbias. A block sums all rows of 32 columns, 64 bytes or more of each.
 ///
-/// Moves sizeof(T) bytes per element. At most 64 registers, 8.3 KiB of shared memory: 4 blocks of 256
+/// Moves sizeof(T) bytes per element. At most 48 registers, 8.3 KiB of shared memory: 5 blocks of 256
 /// threads.
 template <typename T, typename W>
 __global__ void __launch_bounds__(THREADS)

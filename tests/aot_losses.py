@@ -8,7 +8,7 @@ import torch
 from aot import Case, case
 
 import fused_align as fa
-from fused_align.backends.kernel_losses import Launch, LossKernel, cover
+from fused_align.backends.kernel_losses import LossLaunch, LossKernel, cover
 from fused_align.backends.triton_.losses import KERNELS, OPTIONS, sizes
 
 
@@ -37,7 +37,7 @@ def aot_cases() -> Iterator[Case]:
         yield case(KERNELS[launch.kernel], {**launch.arguments, **sizes(launch)}, OPTIONS)
 
 
-def _nowhere(launch: Launch, device: torch.device) -> None:
+def _nowhere(launch: LossLaunch, device: torch.device) -> None:
     raise RuntimeError(f"{launch.kernel} is to be compiled here, and was launched.")
 
 

@@ -132,8 +132,8 @@ def load() -> ModuleType:
         include=[CSRC, Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"])],
         define=['FUSED_ALIGN_DEVICE="cpu"', 'FUSED_ALIGN_ARCHS=""'],
     )
-    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(path))
-    spec = importlib.util.spec_from_loader("_cuda", loader)
+    loader = importlib.machinery.ExtensionFileLoader("emulated._cuda", str(path))
+    spec = importlib.util.spec_from_loader("emulated._cuda", loader)  # pybind11 keeps modules by name
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)

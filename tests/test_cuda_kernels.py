@@ -438,15 +438,12 @@ def test_it_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
         return cuda_.why_not(torch.device(device))
 
-    monkeypatch.setattr(cuda_, "_unserved", None)
     assert why(9, 0) is why(8, 6) is why(12, 0) is None
     assert why(7, 5) == "it needs compute capability 8.0; this GPU has 7.5"
     assert why(9, 0, "100") == (
         "its module was built for 100, and this GPU is 90 (install with FUSED_ALIGN_CUDA_ARCHS=90)"
     )
     assert why(9, 0, device="cpu") == "its kernels need tensors on cuda, and these are on cpu"
-    monkeypatch.setattr(cuda_, "_unserved", "the driver is too old")
-    assert why(9, 0) == "the driver is too old"
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert why(9, 0) == "its kernels need an NVIDIA GPU"
 
@@ -476,11 +473,47 @@ def test_a_module_that_was_not_built(monkeypatch: pytest.MonkeyPatch):
         backends.pick("cuda", CPU)
 
 
-def test_a_module_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    (tmp_path / "built_elsewhere.py").write_text("raise ImportError('libcuda.so.9 is missing')")
+STUB = "def unserved(): raise RuntimeError('the driver is a stub')"
+OLD = "def unserved(): return 'the driver is too old'"
+MODULES = [
+    ("raise ImportError('libcuda.so.9 is missing')", "cannot be used: libcuda.so.9 is missing"),
+    (f"interface = {cuda_.INTERFACE}\n{STUB}", "cannot be used: the driver is a stub"),
+    (f"interface = {cuda_.INTERFACE}\n{OLD}", "the driver is too old"),
+    (f"interface = {cuda_.INTERFACE - 1}\n{OLD}", "built from other sources"),
+    (OLD, "cannot be used: module .* has no attribute 'interface'"),
+]
+
+
+@pytest.mark.parametrize(("source", "reason"), MODULES, ids=["load", "stub", "driver", "older", "oldest"])
+def test_a_module_that_cannot_be_used(
+    source: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    name = f"built_{abs(hash(source))}"
+    (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(cuda_, "NAME", "built_elsewhere")
-    assert cuda_._built() == "its module is there and cannot be loaded: libcuda.so.9 is missing"
+    monkeypatch.setattr(cuda_, "NAME", name)
+    found = cuda_._built()
+    assert isinstance(found, str) and re.search(reason, found)
+
+
+def test_how_many_blocks_share_a_sequence(monkeypatch: pytest.MonkeyPatch):
+    """Several where sequences are few and long, and tokens do not depend on each other."""
+    monkeypatch.setattr(launches, "multiprocessors", lambda device: 132)
+
+    def pieces(loss: fa.Loss, S: int, T: int) -> int:
+        batch = fa.Batch(
+            torch.ones(S, T, dtype=torch.int64), advantage=torch.ones(S), sampler_logp=torch.zeros(S, T)
+        )
+        found = backends.steps("cuda").loss_kernel(loss, None)
+        assert found is not None
+        one = found.launch(torch.zeros(S, T), batch, 1.0)
+        return launches._pieces(one, CPU)
+
+    assert pieces(fa.GRPO(), 1, 16384) == 16 and pieces(fa.GRPO(), 8, 2048) == 2
+    assert pieces(fa.GRPO(), 8, 1024) == pieces(fa.GRPO(), 200, 2048) == 1
+    assert pieces(fa.GSPO(), 1, 16384) == pieces(fa.RLOO(), 1, 16384) == 1
+    assert pieces(fa.GRPO(sampler_correction="sequence_mask", sampler_max=2.0), 1, 16384) == 1
+    assert pieces(fa.GRPO(sampler_correction="token_mask", sampler_max=2.0), 1, 16384) == 16
 
 
 @emulation
@@ -493,6 +526,11 @@ def test_auto_is_torch_on_a_cpu_where_the_emulation_could(module: Any, monkeypat
 
 
 # --- numbers that Python and C++ share ---
+
+
+def test_the_interface_is_one():
+    found = re.search(r"constexpr int INTERFACE = (\d+);", (emulated.CSRC / "launches.h").read_text())
+    assert found is not None and int(found[1]) == cuda_.INTERFACE
 
 
 def enums_of_cpp(file: str) -> dict[str, dict[str, int]]:

@@ -1,12 +1,13 @@
 """The backends: who computes the steps of a plan. `pick` chooses one, and never falls back in silence.
 
 A backend is a module with `why_not(device)`; one with steps of its own has those of `Steps` too. What needs
-more than torch is imported when it is first used.
+more than torch is imported when it is first used, but for the compiled module of `cuda`.
 """
 
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .torch_logits import LogitStats
 
 _TABLE: dict[str, ModuleType] = {"triton": triton_, "cuda": cuda_, "torch": torch_, "eager": eager}
+KERNELS = ("triton", "cuda")  # those whose steps are kernels, the module `steps` of theirs
 _AUTO = ("triton", "cuda", "torch")  # in the order "auto" tries them
 
 
@@ -168,14 +170,8 @@ class Steps(Protocol):
 
 def steps(name: str) -> Steps:
     """The steps of a backend; those of torch for eager, which is dense and only plans with them."""
-    if name == "triton":
-        from .triton_.steps import STEPS
-
-        return STEPS
-    if name == "cuda":
-        from .cuda_.steps import STEPS
-
-        return STEPS
+    if name in KERNELS:
+        return import_module(f".{name}_.steps", __name__).STEPS
     return torch_
 
 

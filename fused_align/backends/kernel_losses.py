@@ -53,7 +53,7 @@ class Evaluated(NamedTuple):
     dtype: torch.dtype  # of logp, and so of the metrics
 
 
-class Launch(NamedTuple):
+class LossLaunch(NamedTuple):
     """What a backend launches: a kernel by name, a program for each item, and its arguments by name.
 
     Those in capitals are fixed for a loss and a batch's columns: codes, whether there are HUMANLINE's bounds,
@@ -66,7 +66,7 @@ class Launch(NamedTuple):
 
 
 #: how a backend launches, on which device
-Run = Callable[[Launch, torch.device], None]
+Run = Callable[[LossLaunch, torch.device], None]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class LossKernel:
 
     def launch(
         self, logp: Tensor, batch: Batch, divisor: float | Tensor, *, grad: bool = True, metrics: bool = True
-    ) -> Launch:
+    ) -> LossLaunch:
         """What `evaluate` launches."""
         self._check(logp, batch)
         device, count = logp.device, self._programs(batch)
@@ -135,7 +135,7 @@ class LossKernel:
             "METRICS": metrics,
             "K": used,
         }
-        return Launch(self.kernel, count, arguments)
+        return LossLaunch(self.kernel, count, arguments)
 
     def metrics(self, found: Evaluated, batch: Batch) -> dict[str, Tensor]:
         """The metrics of `Objective.metrics`, from what `evaluate` found of a whole batch. No host sync.

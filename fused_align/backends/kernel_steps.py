@@ -26,7 +26,7 @@ class KernelSteps:
 
     launches: has a function for every kernel, by the step's name. It takes the sizes that the grid covers
         (nothing is launched if one is 0), then the kernel's arguments: tensors, or None for those that are
-        absent, and integers; by keyword, what is fixed for a head. The kernels document them.
+        absent, and integers; by keyword, what is fixed for a head, in its order.
     """
 
     # the bytes per logit that a pass amounts to, for the planner: product written, read again, E written

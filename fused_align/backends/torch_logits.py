@@ -33,7 +33,7 @@ class LogitStats(NamedTuple):
     logp: Tensor
     lse: Tensor
     entropy: Tensor | None
-    largest: Tensor  # tempered logit; of some backends the raw one. For the backward alone
+    largest: Tensor  # tempered logit; of cuda the raw one. For the same backend's backward alone
     total: Tensor  # Z
 
 

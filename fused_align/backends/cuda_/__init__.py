@@ -11,6 +11,8 @@ import torch
 
 OLDEST = 8  # compute capability
 NAME = "fused_align._cuda"
+INTERFACE = 1  # of the launch functions, as csrc/launches.h has it: one more for every change of them
+OLD = "its module was built from other sources (install the package again)"
 
 
 def _built() -> ModuleType | str:
@@ -20,17 +22,17 @@ def _built() -> ModuleType | str:
             "install . says what is missing)"
         )
     try:
-        return importlib.import_module(NAME)
-    except ImportError as error:  # built for another system, say
-        return f"its module is there and cannot be loaded: {error}"
+        found = importlib.import_module(NAME)
+        unserved = found.unserved() if found.interface == INTERFACE else OLD
+    except (ImportError, AttributeError, RuntimeError) as error:  # built for another system, say; or a stub
+        return f"its module is there and cannot be used: {error}"
+    return found if unserved is None else unserved
 
 
 #: the compiled module, or a sentence why there is none. It has a launch function for every kernel; `device`,
-#: the kind of device whose tensors it takes; `archs`, what it was compiled for: "80 90a 100+PTX"; and
-#: `unserved()`, None or why the driver of this machine does not serve it. (Loaded and asked here, since
-#: torch.compile could follow neither.)
+#: the kind of device whose tensors it takes; `archs`, what it was compiled for: "80 90a 100+PTX". (It is
+#: loaded here, since torch.compile could not follow an import.)
 module = _built()
-_unserved = None if isinstance(module, str) else module.unserved()
 
 
 def why_not(device: torch.device) -> str | None:
@@ -43,8 +45,6 @@ def why_not(device: torch.device) -> str | None:
         return None
     if torch.version.hip is not None:
         return "its kernels need an NVIDIA GPU"
-    if _unserved is not None:
-        return _unserved
     found = torch.cuda.get_device_properties(device)  # (a constant to torch.compile)
     if found.major < OLDEST:
         return f"it needs compute capability {OLDEST}.0; this GPU has {found.major}.{found.minor}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import cuda_
 from ..codes import RatioOf
-from ..kernel_losses import Launch
+from ..kernel_losses import LossLaunch
 
 #: the element types, by the numbers of csrc/launches.h
 TYPES = {
@@ -22,7 +22,7 @@ TYPES = {
 BUSY = 4  # blocks for each multiprocessor, with which a GPU has enough to do
 STRIP = 8192  # the fewest columns of a row that are worth a block of their own
 SUMS = 4  # that a strip of a row has
-PIECE = 1024  # the fewest tokens of a sequence that are worth a block of their own
+TOKENS = 1024  # the fewest tokens of a sequence that are worth a block of their own
 
 
 def launch(name: str, device: torch.device, *args: object, **named: object) -> None:
@@ -142,7 +142,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def loss(one: Launch, device: torch.device) -> None:
+def loss(one: LossLaunch, device: torch.device) -> None:
     arguments, pieces = one.arguments, _pieces(one, device)
     if pieces > 1:
         programs = one.programs * pieces
@@ -151,10 +151,10 @@ def loss(one: Launch, device: torch.device) -> None:
     launch(one.kernel, device, **arguments)
 
 
-def _pieces(one: Launch, device: torch.device) -> int:
+def _pieces(one: LossLaunch, device: torch.device) -> int:
     """How many blocks share a sequence: several where they are few and long, and their tokens apart."""
     given = one.arguments
     if one.kernel != "policy_loss" or given["RATIO"] != RatioOf.TOKEN or given["WHOLE"]:
         return 1
     tokens = given["logp"].numel() // one.programs
-    return max(1, min(-(-tokens // PIECE), multiprocessors(device) // one.programs))
+    return max(1, min(-(-tokens // TOKENS), multiprocessors(device) // one.programs))

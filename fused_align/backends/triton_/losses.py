@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import triton
 
-from ..kernel_losses import Launch
+from ..kernel_losses import LossLaunch
 from . import on_device
 from .policy_kernel import policy_loss
 from .preference_kernels import judged_loss, preference_loss
@@ -20,10 +20,10 @@ if torch.version.hip is None:
     OPTIONS["maxnreg"] = 255
 
 
-def loss(launch: Launch, device: torch.device) -> None:
+def loss(launch: LossLaunch, device: torch.device) -> None:
     with on_device(device):
         KERNELS[launch.kernel][(launch.programs,)](**launch.arguments, **sizes(launch), **OPTIONS)
 
 
-def sizes(launch: Launch) -> dict[str, Any]:
+def sizes(launch: LossLaunch) -> dict[str, Any]:
     return {"ROWS": triton.next_power_of_2(launch.arguments["K"]), "BLOCK": BLOCK}

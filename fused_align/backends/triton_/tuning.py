@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import hidden, interpreted, on_device, rows, tiles
-from .losses import loss as loss
+from .losses import loss as loss  # one of the launches that KernelSteps calls
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
