@@ -8,7 +8,7 @@ import torch
 from aot import Case, case
 
 import fused_align as fa
-from fused_align.backends.kernel_losses import LossLaunch, LossKernel, cover
+from fused_align.backends.kernel_losses import LossKernel, LossLaunch, cover
 from fused_align.backends.triton_.losses import KERNELS, OPTIONS, sizes
 
 
