@@ -17,6 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fused_align import backends
+
 from . import kernels, report
 from .cases import DEAD_BY, DTYPES, MODES, SHAPES, SUITES, Case, Suite
 from .measure import MIN_ROUNDS, Settings, peak_here, providers, run_case
@@ -81,7 +83,7 @@ class Job:
     bound: float | None
 
     def promised(self, row: report.Row) -> bool:
-        names = tuple(f"fused_align[{name}," for name in kernels.NAMES)
+        names = tuple(f"fused_align[{name}," for name in backends.KERNELS)
         return self.bound is not None and str(row["provider"]).startswith(names)
 
 

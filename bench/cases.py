@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_align import backends
+
 from .reference import IGNORE, SEQUENCE, Log, true_log
 
 SHAPES = {  # hidden size, vocabulary of the head
@@ -298,7 +300,7 @@ def _gpu() -> Iterator[Suite]:
         for mode in modes:
             yield Suite(f"{of}, {mode} and peers", (replace(case, mode=mode),), names, (6144,))
 
-    kernels = ("triton", "cuda")
+    kernels = backends.KERNELS
     peers = ("eager", "torch.compile", "liger", "liger[compiled=False]", "cce", "cce[exact]", "trl")
     yield from held(llama, "Llama-3", (*kernels, "torch"))
     yield from against(llama, "Llama-3", ("grpo", "dpo", "score", "frozen"), peers)

@@ -27,7 +27,6 @@ from .measure import MIN_ROUNDS, Row, Say, about, sentence
 from .providers import Ours
 from .report import KERNEL, compared_times, holds
 
-NAMES = ("triton", "cuda")  # the backends of kernels
 BOUND = 0.85  # share of the copy's bandwidth that a kernel is to reach
 SMALL = 64 << 20  # bytes below which a launch counts for more than the bandwidth
 SPREAD = 1 << 30  # bytes that the sets of inputs have together: no cache holds them
@@ -42,7 +41,7 @@ Calls = list[Callable[[], object]]
 
 def reasons(device: str) -> dict[str, str | None]:
     """None for each backend whose kernels run, else why they do not."""
-    return {name: reason for name, reason in backends.table(device) if name in NAMES}
+    return {name: reason for name, reason in backends.table(device) if name in backends.KERNELS}
 
 
 # ---- time -----------------------------------------------------------------------------------------------
@@ -198,7 +197,7 @@ def run(s: Sizes, wanted: Callable[[str], bool], rounds: int, deadline: float, s
             say(f"not run, {name}: {reason}")
     if s.device == "cpu":
         say("on a CPU these are the times of Triton's interpreter and of an emulation of CUDA: no kernel's")
-    steps = {name: backends.steps(name) for name in NAMES if why[name] is None}
+    steps = {name: backends.steps(name) for name in backends.KERNELS if why[name] is None}
     copied = 2 * (nbytes := 1 << 28 if s.device == "cuda" else 1 << 20)
     copy = copies(s.device, nbytes)
     for work in works(s):
@@ -273,7 +272,7 @@ def summary(rows: list[Row]) -> list[str]:
     """What is to hold and does not, how many there are that do, and which backend is the faster one."""
     done = [row for row in rows if "failed" not in row]
     lines = []
-    for name in NAMES:
+    for name in backends.KERNELS:
         own = [row for row in done if row["provider"].startswith(f"{name}:")]
         lines += [f"does NOT hold: {_claim(row)}" for row in own if holds(row) is False]
         for kind, what in (

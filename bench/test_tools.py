@@ -121,7 +121,9 @@ def test_cuda_is_exact(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_own_plans_in_bfloat16_are_no_worse_than_eager(mode: str) -> None:
     case = replace(TINY, mode=mode, dtype="bfloat16")
     # Triton's interpreter would take minutes for the rounds; tests/ has the kernels' bfloat16
-    own: list[Provider] = [p for p in ALL.values() if isinstance(p, Ours) and p.backend not in kernels.NAMES]
+    own: list[Provider] = [
+        p for p in ALL.values() if isinstance(p, Ours) and p.backend not in backends.KERNELS
+    ]
     rows = measure.run_case(case, own, QUICK, print)
     assert rows and not any(row["note"] for row in rows)
 
@@ -243,7 +245,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = kernel_works.Sizes(256, 32, 256, 64, 64, DEVICE)
 
 
-@pytest.fixture(params=kernels.NAMES)
+@pytest.fixture(params=backends.KERNELS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each backend of kernels: on a GPU, or by Triton's interpreter and the emulation of tests/."""
     kernel_tests.use(request.param, monkeypatch, torch.device(DEVICE))
@@ -252,7 +254,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def both(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in kernels.NAMES:
+    for name in backends.KERNELS:
         kernel_tests.use(name, monkeypatch, torch.device(DEVICE))
 
 

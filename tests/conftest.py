@@ -14,6 +14,8 @@ if not torch.cuda.is_available():  # kernels then run in Python; Triton looks wh
 
 from hypothesis import settings
 
+from fused_align.backends import KERNELS
+
 settings.register_profile(
     "fused_align", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI")), database=None
 )
@@ -37,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(params=["triton", "cuda"])
+@pytest.fixture(params=KERNELS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each backend of kernels in turn, on the module's DEVICE, else where tensors are made by default."""
     import kernels

@@ -266,7 +266,7 @@ def _policy(loss: PolicyLoss, humanline: Humanline | None, run: Run) -> LossKern
         "CORRECTED": loss.beta != 0 and loss.kl_correction,
         "SAMPLER": {"": Sampler.NONE, "truncate": Sampler.TRUNCATE, "mask": Sampler.MASK}[how],
         "WHOLE": level == "sequence",
-        "COUPLED": ratio in (RatioOf.MEAN.value, RatioOf.SUM.value),
+        "COUPLED": ratio in (RatioOf.MEAN, RatioOf.SUM),
         "PER_LENGTH": loss.aggregation == "seq_mean_token_mean",
     }
     low = math.log(loss.sampler_min) if loss.sampler_min else -math.inf

@@ -55,7 +55,7 @@ class KernelSteps:
         per_row = isinstance(inverse, Tensor)
         heat = inverse if per_row else torch.full((1,), inverse, dtype=torch.float64, device=x.device)
         self.launches.open_rows(
-            (count,), x, head.weight, _dense(head.bias), target, heat, z, ref, slope, count, x.shape[1],
+            (count,), x, head.weight, dense(head.bias), target, heat, z, ref, slope, count, x.shape[1],
             *x.stride(), *head.weight.stride(), int(per_row), SCALE=head.logit_scale, CAP=head.softcap,
             OPERAND=_rounding(head, head.weight),
         )  # fmt: skip
@@ -90,7 +90,7 @@ class KernelSteps:
         on_average = torch.empty_like(chunk.z) if up.average is not None and not capped else None
         uniform = torch.empty_like(chunk.z) if up.average is not None and capped else None
         flags = torch.empty(count, dtype=torch.int32, device=chunk.z.device)
-        ups = map(_dense, (up.logp, up.lse, up.entropy, up.average))
+        ups = map(dense, (up.logp, up.lse, up.entropy, up.average))
         self.launches.coefficients(
             (count,), chunk.z, chunk.ref, chunk.total, chunk.factor, chunk.slope, *ups,
             entropy if up.entropy is not None else None, after, total, on_rows, on_target,
@@ -124,7 +124,7 @@ class KernelSteps:
         count, cols = logits.shape
         before, moved = chunk.ref, torch.empty_like(chunk.ref) if watch else None
         self.launches.exp_tile(
-            (count,), logits, out, product if watch else None, _dense(bias), chunk.target, _gain(chunk),
+            (count,), logits, out, product if watch else None, dense(bias), chunk.target, _gain(chunk),
             before, moved, chunk.total, chunk.moment, chunk.pivot, chunk.squares,
             None if head.softcap is None else chunk.average, count, cols, start, head.weight.shape[1],
             head.weight.shape[0], logits.stride(0), 0 if out is None else out.stride(0),
@@ -148,7 +148,7 @@ class KernelSteps:
         logits = _logits(head, chunk, weight, tile, scratch)
         constant, mixing = coef.mix or (None, None)
         self.launches.grad_tile(
-            logits.shape, logits, out, _dense(bias), chunk.target, _gain(chunk), chunk.ref, constant,
+            logits.shape, logits, out, dense(bias), chunk.target, _gain(chunk), chunk.ref, constant,
             mixing, coef.uniform, *logits.shape, start, logits.stride(0), out.stride(0), INNER=inner(head),
         )  # fmt: skip
 
@@ -258,7 +258,7 @@ def _gain(chunk: Chunk) -> Tensor:  # -> [r]
     return chunk.gain
 
 
-def _dense(vector: Tensor | None) -> Tensor | None:
+def dense(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernel_steps import dense
 from ..logit_steps import check_columns, check_gradient, new_stats
 from ..torch_logits import LogitStats
 from .launches import launch
@@ -43,7 +44,7 @@ def logit_stats(
         logits.device,
         logits,
         target.contiguous(),
-        _vector(inverse),
+        dense(inverse),
         stats.logp,
         stats.lse,
         stats.entropy,
@@ -83,16 +84,16 @@ def logit_gradient(
     launch(
         "logit_gradient",
         logits.device,
-        _vector(dlogp),
-        _vector(dlse),
-        _vector(dentropy),
+        dense(dlogp),
+        dense(dlse),
+        dense(dentropy),
         logits,
         target.contiguous(),
         stats.logp,
         None if dentropy is None else stats.entropy,
         stats.largest,
         stats.total,
-        _vector(inverse),
+        dense(inverse),
         out,
         float(scalar),
         rows,
@@ -106,7 +107,3 @@ def logit_gradient(
 def _parts(vocab: int) -> int:
     """Blocks that share a row."""
     return -(-vocab // COLUMNS)
-
-
-def _vector(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()

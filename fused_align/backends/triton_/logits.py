@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...batch import IGNORE_INDEX
+from ..kernel_steps import dense
 from ..logit_steps import check_columns, check_gradient, new_stats
 from ..torch_logits import NOTHING, LogitStats
 from . import interpreted, on_device
@@ -248,8 +249,8 @@ def logit_gradient(
     with on_device(logits.device):
         _backward_kernel[(triton.cdiv(count, sizes["ROWS"]),)](
             dlogp.contiguous(),
-            None if dlse is None else dlse.contiguous(),
-            None if dentropy is None else dentropy.contiguous(),
+            dense(dlse),
+            dense(dentropy),
             logits,
             target.contiguous(),
             stats.logp,
