@@ -28,6 +28,10 @@ constexpr int PIECE = 8;  // elements that a thread moves at once: 16 bytes of a
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 
+inline int64_t divided(int64_t count, int64_t by) {
+    return (count + by - 1) / by;
+}
+
 // ---- one element ---------------------------------------------------------------------------------------
 
 template <typename W>
@@ -219,6 +223,22 @@ struct Matrix {
     }
 };
 
+/// Kernels over rows of size H give each a warp, whose lanes take every 32nd piece of it.
+__device__ __forceinline__ int64_t row_of_warp() {
+    return static_cast<int64_t>(blockIdx.x) * (THREADS / WARP) + threadIdx.x / WARP;
+}
+
+inline int64_t blocks_of_rows(int64_t rows) {
+    return divided(rows, THREADS / WARP);
+}
+
+/// body(column, count) for the pieces of a row of H elements that are this lane's.
+template <typename Body>
+__device__ __forceinline__ void for_pieces_of(int64_t hidden, Body body) {
+    for (int64_t column = threadIdx.x % WARP * PIECE; column < hidden; column += WARP * PIECE)
+        body(column, static_cast<int>(min(hidden - column, static_cast<int64_t>(PIECE))));
+}
+
 // ---- launches ------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -257,10 +277,6 @@ inline void check(const char* kernel, cudaError_t status) {
     if (status != cudaSuccess)
         throw std::runtime_error("fused_align's CUDA kernel " + std::string(kernel) + ": " +
                                  cudaGetErrorString(status) + ".");
-}
-
-inline int64_t divided(int64_t count, int64_t by) {
-    return (count + by - 1) / by;
 }
 
 /// Launches a kernel on `blocks` blocks in one dimension; nothing where there are none.

@@ -7,20 +7,17 @@ namespace fused_align {
 
 namespace {
 
-/// A warp's row; each lane takes every 32nd piece of it.
-__device__ __forceinline__ int64_t row_of_warp() {
-    return static_cast<int64_t>(blockIdx.x) * (THREADS / WARP) + threadIdx.x / WARP;
-}
-
-/// body(column, count) for the pieces of a row of H elements that are this lane's.
-template <typename Body>
-__device__ __forceinline__ void for_pieces_of(int64_t hidden, Body body) {
-    for (int64_t column = threadIdx.x % WARP * PIECE; column < hidden; column += WARP * PIECE)
-        body(column, static_cast<int>(min(hidden - column, static_cast<int64_t>(PIECE))));
-}
-
-int64_t blocks_of_rows(int64_t rows) {
-    return divided(rows, THREADS / WARP);
+/// A row of x times a number, to `out`, which may be x. All lanes of a warp take part.
+template <typename X, typename O, typename W>
+__device__ __forceinline__ void scale_row(const Matrix<X>& x, const Matrix<O>& out, W scale, int64_t row,
+                                          int64_t hidden) {
+    for_pieces_of(hidden, [&](int64_t column, int count) {
+        W piece[PIECE];
+        x.load(row, column, count, piece);
+#pragma unroll
+        for (int k = 0; k < PIECE; ++k) piece[k] *= scale;
+        out.store(row, column, count, piece);
+    });
 }
 
 // ---- scaled_rows ---------------------------------------------------------------------------------------
@@ -35,14 +32,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 2 : 4)
                        int64_t rows, int64_t hidden) {
     const int64_t row = row_of_warp();
     if (row >= rows) return;
-    const W c = coef[row];
-    for_pieces_of(hidden, [&](int64_t column, int count) {
-        W piece[PIECE];
-        x.load(row, column, count, piece);
-#pragma unroll
-        for (int k = 0; k < PIECE; ++k) piece[k] *= c;
-        out.store(row, column, count, piece);
-    });
+    scale_row(x, out, coef[row], row, hidden);
 }
 
 }  // namespace
@@ -75,13 +65,7 @@ __global__ void __launch_bounds__(THREADS) close_product_kernel(const Matrix<W> 
     const int64_t row = row_of_warp();
     if (row >= rows) return;
     const W scale = static_cast<W>(finish(z[row], ref[row], total[row]).inverse * factor[row]);
-    for_pieces_of(hidden, [&](int64_t column, int count) {
-        W piece[PIECE];
-        product.load(row, column, count, piece);
-#pragma unroll
-        for (int k = 0; k < PIECE; ++k) piece[k] *= scale;
-        product.store(row, column, count, piece);
-    });
+    scale_row(product, product, scale, row, hidden);
 }
 
 }  // namespace

@@ -18,11 +18,6 @@ constexpr int INTERFACE = 1;
 /// Types of elements; fused_align/backends/cuda_ has the same numbers.
 enum class Type : int { none, float64, float32, bfloat16, float16, int64, int32, uint8 };
 
-constexpr int64_t size_of(Type type) {
-    constexpr int64_t SIZES[] = {0, 8, 4, 2, 2, 8, 4, 1};
-    return SIZES[static_cast<int>(type)];
-}
-
 constexpr const char* name_of(Type type) {
     constexpr const char* NAMES[] = {"nothing", "float64", "float32", "bfloat16",
                                      "float16", "int64",   "int32",   "uint8"};

@@ -32,13 +32,11 @@ __global__ void __launch_bounds__(THREADS) open_rows_kernel(const OpenRows<X, V>
                                                             W* ref,    // [r]
                                                             W* slope,  // [r] | null
                                                             int64_t rows, int64_t hidden) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * (THREADS / WARP) + threadIdx.x / WARP;
+    const int64_t row = row_of_warp();
     if (row >= rows) return;
     const int64_t y = a.target[row];
-    const int lane = threadIdx.x % WARP;
     W sum = 0;
-    for (int64_t column = lane * PIECE; column < hidden; column += WARP * PIECE) {
-        const int count = static_cast<int>(min(hidden - column, static_cast<int64_t>(PIECE)));
+    for_pieces_of(hidden, [&](int64_t column, int count) {
         W one[PIECE], other[PIECE], dot = 0;
         a.x.load(row, column, count, one);
         a.weight.load(y, column, count, other);
@@ -46,9 +44,9 @@ __global__ void __launch_bounds__(THREADS) open_rows_kernel(const OpenRows<X, V>
 #pragma unroll
         for (int k = 0; k < PIECE; ++k) dot += one[k] * other[k];
         sum += dot;
-    }
+    });
     sum = over_warp(sum, Add());
-    if (lane != 0) return;
+    if (threadIdx.x % WARP != 0) return;
     if (a.bias.data) sum += element<W>(a.bias, y);
     const HeadLogit found =
         head_logit(sum, a.logit_scale, a.softcap, a.cap, element<double>(a.inverse, row * a.inverse_stride));
@@ -78,8 +76,8 @@ void open_rows(Device on, Array x, Array weight, Array bias, Array target, Array
                                softcap.value_or(0),
                                softcap.has_value(),
                                operand};
-        launch("open_rows", on, divided(rows, THREADS / WARP), THREADS, open_rows_kernel<X, V, W>, a,
-               as<W>(z), as<W>(ref), as<W>(slope), rows, hidden);
+        launch("open_rows", on, blocks_of_rows(rows), THREADS, open_rows_kernel<X, V, W>, a, as<W>(z),
+               as<W>(ref), as<W>(slope), rows, hidden);
     };
     with_float("open_rows", x.type,
                [&](auto a) { with_float("open_rows", weight.type, [&](auto b) { with(a, b); }); });

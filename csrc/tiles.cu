@@ -103,7 +103,6 @@ __device__ __forceinline__ void exp_vector(const ExpTile<L, O, W>& a, int64_t r,
 }
 
 /// The strips of a row: whoever is last adds what all found, in order. -> whether this is the last one.
-template <typename W>
 __device__ __forceinline__ bool gather_strips(double* partials, int* counters, const Strip& at, int strips,
                                               double (&found)[4]) {
     double* mine = partials + at.row * strips * 4;
@@ -151,7 +150,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(W) == 8 ? 1
         found[2] = over_team(sums.squares, share.warps, Add());
         found[3] = over_team(static_cast<double>(sums.logits), share.warps, Add()) * row.gain;
     }
-    if (share.strips > 1 && !gather_strips<W>(a.partials, a.counters, at, share.strips, found)) return;
+    if (share.strips > 1 && !gather_strips(a.partials, a.counters, at, share.strips, found)) return;
     if (!at.leader) return;
     a.total[r] = static_cast<W>(before.total + found[0]);
     if constexpr (MORE) {
