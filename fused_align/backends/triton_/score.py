@@ -124,11 +124,6 @@ def _place(item, blocks, groups, BAND: tl.constexpr):
 
 
 @triton.jit
-def _halves(a):  # [m, v] -> two of [m, v / 2]
-    return tl.split(tl.permute(tl.reshape(a, (a.shape[0], 2, a.shape[1] // 2)), (0, 2, 1)))
-
-
-@triton.jit
 def _capped(a, bias, first, vocab, inner, CAPPED: tl.constexpr):
     """Logits [m, v] with their bias, and under the cap: tanh of inner times them."""
     if bias is not None:
