@@ -1,4 +1,4 @@
-"""`python -m bench run | compare | plot | table`: see --help of each."""
+"""`python -m bench run | check | compare | plot | table`: see --help of each."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from .cases import DEAD_BY, DTYPES, MODES, SHAPES, SUITES, Case, Suite
 from .measure import MIN_ROUNDS, Settings, peak_here, providers, run_case
 from .providers import Ours, Provider
 from .reference import SEQUENCE
+from .verdicts import verdicts
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,22 +48,24 @@ def find(name: str, device: str) -> Provider:
 def chosen(
     suite: Suite, patterns: list[str] | None, workspaces: Iterable[int | None], device: str
 ) -> list[Provider]:
-    """The suite's providers, or those asked for; this package's once per workspace."""
+    """The suite's providers, or those asked for; this package's once per workspace and size of tiles."""
     found: list[Provider] = []
     for provider in providers(device):
         if not matches(provider.name, patterns or suite.providers):
             continue
-        if isinstance(provider, Ours):
-            found += [provider if mib is None else provider.with_workspace(mib) for mib in workspaces]
-        else:
+        if not isinstance(provider, Ours):
             found.append(provider)
+            continue
+        for mib, tile in product(workspaces, suite.tiles):
+            sized = provider if mib is None else provider.with_workspace(mib)
+            found.append(sized if tile is None else sized.with_tile(tile))
     return found
 
 
 def cases_of(suite: Suite, args: argparse.Namespace) -> list[Case]:
     """The suite's cases, on the shape, dtype, logits and modes that the arguments ask for."""
     changes: dict = {}
-    if args.shape:
+    if args.shape and args.shape not in {case.shape for case in suite.cases}:
         hidden, vocab = SHAPES[args.shape]
         changes = {"shape": args.shape, "hidden": hidden, "vocab": vocab}
     given = {"rows": args.rows, "hidden": args.hidden, "vocab": args.vocab}
@@ -94,6 +98,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         ValueError: nothing matches.
     """
     whole, found = SUITES[args.suite], []
+    if args.shape and whole.parts:
+        whole = whole.of_shape(args.shape)
     for suite in whole.parts or (whole,):
         workspaces = [args.workspace_mib] if args.workspace_mib else suite.workspaces
         using = chosen(suite, args.providers, workspaces, args.device)
@@ -201,19 +207,23 @@ def _own_failures(job: Job, rows: list[report.Row]) -> list[str]:
 
 
 def _conclude(console: Console, rows: list[report.Row], failures: list[str], left: list[str]) -> None:
-    """What was promised and held, which backend is fastest, what failed, what there was no time for."""
-    lines = []
-    for row in (row for row in rows if row.get("bound") and "ratio_live" in row):
-        holds = "holds" if report.holds(row) else "does NOT hold"
-        what = f"{row['provider']}, {row['mode']}, {report.setting(row)}"
-        lines.append(f"{row['ratio_live']:.3f} <= {row['bound']:g} {holds}: {what}")
-    lines += report.fastest(rows)
+    """What the rows say, what failed, what there was no time for."""
+    lines = verdicts(rows)
     failed = [row for row in rows if "failed" in row and not str(row["provider"]).startswith("fused_align")]
     peers = [f"{row['provider']}, {row['mode']}: {row['failed']}" for row in failed]
     lines += [f"failed: {text}" for text in [*failures, *peers]]
     lines += [f"not run, the time was up: {text}" for text in left]
+    _print(console, lines)
+
+
+def _print(console: Console, lines: Iterable[str]) -> None:
     for line in lines:
         console.print(line, style="yellow", markup=False, highlight=False)
+
+
+def check(args: argparse.Namespace, console: Console) -> int:
+    _print(console, verdicts(report.latest(_wanted(args))))
+    return 0
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[list[str]]) -> Table:
@@ -301,7 +311,11 @@ def parser() -> argparse.ArgumentParser:
         help="what it may take: first rounds are dropped, then the last cases; 0: any",
     )
     one.add_argument("--candidates", action="store_true", help="suite kernels: time Triton's block sizes")
-    one.add_argument("--shape", choices=sorted(SHAPES), help="the head of this model instead of the suite's")
+    one.add_argument(
+        "--shape",
+        choices=sorted(SHAPES),
+        help="the head of this model instead of the suite's, or of the suite's only this",
+    )
     for name in ("rows", "hidden", "vocab"):
         one.add_argument(f"--{name}", type=int, help="instead of the suite's")
     one.add_argument("--dtype", choices=sorted(DTYPES))
@@ -326,6 +340,12 @@ def parser() -> argparse.ArgumentParser:
         "--fail-above", type=float, metavar="PCT", help="exit 1 if a ratio or a peak grew by more"
     )
     one.set_defaults(do=compare)
+    one = commands.add_parser(
+        "check", help="what the latest rows say of what is promised, and of the planner"
+    )
+    one.add_argument("rows")
+    _filters(one)
+    one.set_defaults(do=check)
     one = commands.add_parser("plot", help="memory against time, a panel per mode")
     one.add_argument("rows")
     _filters(one)

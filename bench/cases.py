@@ -25,6 +25,7 @@ SHAPES = {  # hidden size, vocabulary of the head
     "Qwen2.5-7B": (3584, 152064),
     "Llama-3-8B": (4096, 128256),
     "Gemma-3-1B": (1152, 262144),
+    "Gemma-2B": (2048, 256000),
 }
 LOSSES = ("sft", "dpo", "ipo", "kto", "grpo", "gspo")
 PER_TOKEN = ("score", "frozen", "trainable")
@@ -240,7 +241,8 @@ def _placed(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Suite:
-    """Cases, the providers they are for (globs) and the workspaces of this package's (MiB; None: its own).
+    """Cases, the providers they are for (globs), and for this package's the workspaces (MiB) and the sizes of
+    tiles (most rows, MiB). None: its own.
 
     bound: the ratio to the bare GEMMs that this package's backends of kernels are to stay within on a GPU.
     parts: suites that this one consists of, the most important first. minutes: what it may take; 0: any.
@@ -250,9 +252,14 @@ class Suite:
     cases: tuple[Case, ...] = ()
     providers: tuple[str, ...] = ("*",)
     workspaces: tuple[int | None, ...] = (None,)
+    tiles: tuple[tuple[int, int] | None, ...] = (None,)
     bound: float | None = None
     parts: tuple[Suite, ...] = ()
     minutes: float = 0.0
+
+    def of_shape(self, shape: str) -> Suite:
+        """The parts that are about one head."""
+        return replace(self, parts=tuple(part for part in self.parts if part.cases[0].shape == shape))
 
 
 SMOL = of_shape("SmolLM2-135M", 2048)
@@ -274,44 +281,80 @@ def _sparse() -> Iterator[Case]:
     yield from _modes(SMOL, ("dpo", "dpo-frozen", "kto", "grpo"), dead=(0.5, 0.9), dead_by=("humanline",))
 
 
+HEADS = (  # of the suites for a GPU
+    of_shape("Llama-3-8B", 16384, "bfloat16"),
+    of_shape("Gemma-2B", 8192, "bfloat16"),
+    of_shape("Qwen2.5-7B", 32768, "bfloat16"),
+)
+PROMISED = {  # mode: plan, MiB of the workspace, ratio to the bare GEMMs of the plan
+    "score": ("score", None, 1.08),
+    "frozen": ("jacobian", None, 1.06),
+    "grpo": ("single", 6144, 1.08),
+    "dpo": ("window", 6144, 1.08),
+    "trainable": ("recompute", 1024, 1.08),
+    "sft": ("single", 6144, 1.08),
+    "kto": ("window", 6144, 1.08),
+}
+SKIPPING = 1.4  # times as fast, at least, with half of the coefficients zero as with none
+RIVALS = (
+    "eager", "torch.compile", "liger", "liger[compiled=False]", "liger[cross_entropy]", "cce", "cce[exact]",
+    "trl", "quack", "torch.linear_cross_entropy[chunked]",
+)  # fmt: skip
+
+
+def _by(backends: tuple[str, ...], *plans: str) -> tuple[str, ...]:
+    return tuple(f"fused_align[{backend},{plan}]" for backend, plan in product(backends, plans))
+
+
+def _held(case: Case, backends: tuple[str, ...]) -> Iterator[Suite]:
+    """What is promised of a head, by each backend in turn."""
+    for mode, (plan, mib, bound) in PROMISED.items():
+        plans = (plan, "fused") if plan == "score" else (plan,)
+        part = replace(case, mode=mode)
+        yield Suite(f"{part.label}, by {plan}", (part,), _by(backends, *plans), (mib,), bound=bound)
+
+
+def _against(case: Case, modes: tuple[str, ...], rivals: tuple[str, ...] = RIVALS) -> Iterator[Suite]:
+    """Peers at the same work, this package with more memory and with less."""
+    for mode in modes:
+        per_token = mode in ("score", "frozen")
+        plans = ("score", "jacobian") if per_token else ("single", "window", "recompute")
+        own = ("fused_align[auto,auto]", *_by(backends.KERNELS, *plans))
+        part = replace(case, mode=mode)
+        yield Suite(
+            f"{part.label}, and peers", (part,), (*own, *rivals), (None,) if per_token else (6144, 1024, 64)
+        )
+
+
 def _gpu() -> Iterator[Suite]:
-    """What is promised first, by each backend in turn; then peers at the same work, masks, peaked logits,
-    another head."""
-    llama = of_shape("Llama-3-8B", 16384, "bfloat16")
-    gemma = Case("Gemma-2-2B", 8192, 2048, 256000, "bfloat16", "randn", "sft")
-    promised = (  # mode, plan, MiB, ratio to the bare GEMMs of the plan
-        ("score", "score", None, 1.12),
-        ("frozen", "jacobian", None, 1.08),
-        ("grpo", "single", 6144, 1.10),
-        ("dpo", "window", 6144, 1.10),
-        ("trainable", "recompute", 1024, 1.08),
-    )
-
-    def held(case: Case, of: str, backends: tuple[str, ...]) -> Iterator[Suite]:
-        for mode, plan, mib, bound in promised:
-            plans = (plan, "fused") if plan == "score" else (plan,)
-            names = tuple(f"fused_align[{backend},{plan}]" for backend in backends for plan in plans)
-            about = f"{of}, {mode} by {plan}"
-            yield Suite(about, (replace(case, mode=mode),), names, (mib,), bound)
-
-    def against(case: Case, of: str, modes: tuple[str, ...], providers: tuple[str, ...]) -> Iterator[Suite]:
-        plans = product(kernels, ("single", "window", "score", "jacobian"))
-        names = (*(f"fused_align[{backend},{plan}]" for backend, plan in plans), *providers)
-        for mode in modes:
-            yield Suite(f"{of}, {mode} and peers", (replace(case, mode=mode),), names, (6144,))
-
+    """What is promised first, then peers, zero coefficients, masks, peaked logits: of each head."""
     kernels = backends.KERNELS
-    peers = ("eager", "torch.compile", "liger", "liger[compiled=False]", "cce", "cce[exact]", "trl")
-    yield from held(llama, "Llama-3", (*kernels, "torch"))
-    yield from against(llama, "Llama-3", ("grpo", "dpo", "score", "frozen"), peers)
-    for live in (0.5, 0.25):
-        some = replace(llama, live=live)
-        yield from against(some, f"Llama-3, live {live:g}", ("grpo",), ("cce", "trl"))
-    sft = (*peers, "liger[cross_entropy]", "quack", "torch.linear_cross_entropy[chunked]")
-    yield from against(llama, "Llama-3", ("sft", "kto"), sft)
-    yield from held(replace(llama, logits="peaked"), "Llama-3, peaked", kernels)
-    yield from held(gemma, "Gemma-2", (*kernels, "torch"))
-    yield from against(gemma, "Gemma-2", ("grpo", "dpo"), peers)
+    for case in HEADS:
+        yield from _held(case, (*kernels, "torch"))
+        yield from _against(case, ("grpo", "dpo", "score", "frozen", "trainable", "sft", "kto"))
+        for mode, by in (("grpo", "sequences"), ("trainable", "sequences"), ("dpo", "humanline"),
+                         ("kto", "humanline"), ("grpo", "humanline")):  # fmt: skip
+            part = replace(case, mode=mode, dead=0.5, dead_by=by)
+            plan, mib, _ = PROMISED[mode]
+            yield Suite(part.label, (part,), (*_by(kernels, plan), "eager"), (mib,))
+        for live in (0.5, 0.25):
+            some = replace(case, live=live)
+            yield from _against(some, ("grpo", "dpo", "score", "frozen", "trainable", "sft", "kto"))
+        yield from _held(replace(case, logits="peaked"), kernels)
+
+
+def _tune() -> Iterator[Suite]:
+    """Sizes of tiles around what a cache holds, then budgets, for the planner's constants."""
+    tiles = (None, *((rows, mib) for rows in (8192, 4096, 2048) for mib in (128, 64, 32, 16)))
+    budgets = (768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288)
+    for case in HEADS:
+        for mode, (plan, mib, _) in PROMISED.items():
+            if mode in ("score", "frozen", "grpo", "trainable"):
+                part = replace(case, mode=mode)
+                yield Suite(f"{part.label}, tiles", (part,), _by(backends.KERNELS, plan), (mib,), tiles)
+        for mode in ("grpo", "dpo"):
+            part = replace(case, mode=mode)
+            yield Suite(f"{part.label}, budgets", (part,), ("fused_align[auto,auto]",), budgets)
 
 
 SUITES = {
@@ -337,6 +380,7 @@ SUITES = {
         ("fused_align[auto,auto]",),
         (16, 64, 1024),
     ),
-    "gpu": Suite("two large heads in bfloat16, for one GPU", parts=tuple(_gpu()), minutes=5.0),
+    "gpu": Suite("three large heads in bfloat16, for one GPU", parts=tuple(_gpu())),
+    "tune": Suite("the same heads, sizes of tiles and budgets, for the planner", parts=tuple(_tune())),
     "kernels": Suite("each elementwise kernel by itself, against the bandwidth of a copy", minutes=2.0),
 }

@@ -25,7 +25,8 @@ from fused_align.backends import torch_
 from .kernel_works import LAUNCH, Made, Sizes, Work, without_products, works
 from .measure import MIN_ROUNDS, Row, Say, about, sentence
 from .providers import Ours
-from .report import KERNEL, compared_times, holds
+from .report import KERNEL, holds
+from .verdicts import compared_times
 
 BOUND = 0.85  # share of the copy's bandwidth that a kernel is to reach
 SMALL = 64 << 20  # bytes below which a launch counts for more than the bandwidth

@@ -33,15 +33,16 @@ import fused_align as fa
 
 from .cases import Case, Inputs, make_inputs, without_reference
 from .peers import peers
-from .providers import EAGER, Call, Ours, Provider, Result, ours, too_large, torch_providers
+from .providers import EAGER, WIDE_EAGER, Call, Ours, Provider, Result, ours, torch_providers
 from .reference import IGNORE, SEQUENCE, Log, Truth, truth
 
 ROOT = Path(__file__).resolve().parent.parent
 EXACT = 1e-5  # float32: log-probs relative to max(1, |logp|), gradients in relative RMS
+VALUE = 1e-4  # 16 bit: log-probs and losses, relative to max(1, |value|)
 SLACK = 1.1  # 16 bit: two roundings of the same size differ by chance
 MIN_ROUNDS = 5  # fewer have no p20 and p80 worth the name
 PATIENCE = 60.0  # seconds for a peer's first call, which may compile, where the time is limited
-FEW_ROWS = 2048  # of the eager run that sets the 16-bit limits where full logits do not fit
+FEW_ROWS = 2048  # of the eager run that sets the 16-bit limits where there are many
 
 Row = dict[str, Any]
 Errors = dict[str, float]
@@ -126,21 +127,26 @@ def errors(case: Case, inputs: Inputs, true: Truth, result: Result) -> Errors:
     return found
 
 
-def limits(case: Case, inputs: Inputs) -> Errors:
-    """The errors that a provider may have: 1e-5 in float32, those of eager code in 16 bit.
+def limits(case: Case, inputs: Inputs, rounded: bool = False) -> Errors:
+    """The errors that a provider may have: 1e-5 in float32; in 16 bit 1e-4 for log-probs and losses, and for
+    gradients those of eager code that casts to float32 first.
 
-    The error of a loss is a sum of its log-probs' errors, of either sign, so eager code may by chance have
-    none: in 16 bit a loss may be as far off as eager log-probs are.
+    rounded: in 16 bit those of eager code whose logits are rounded. The error of a loss is a sum of its
+    log-probs' errors, of either sign, so that code may by chance have none: a loss may be as far off as its
+    log-probs are.
     """
     if case.dtype == "float32":
         return dict.fromkeys(("value", "dhidden", "dweight"), EXACT)
-    if too_large(case, inputs.hidden.device.type):
+    if case.rows > FEW_ROWS:
         case, inputs = _first(case, inputs, FEW_ROWS)
-    found = errors(case, inputs, truth(case, inputs), EAGER.build(case, inputs)())
-    if case.loss is not None:
-        scoring = replace(case, mode="score", dead=0.0)
-        logp = EAGER.build(scoring, inputs)()
-        found["value"] = errors(scoring, inputs, truth(scoring, inputs), logp)["value"]
+
+    def of(case: Case) -> Errors:
+        eager = EAGER if rounded else WIDE_EAGER
+        return errors(case, inputs, truth(case, inputs), eager.build(case, inputs)())
+
+    found = of(case) if case.grad_hidden else {}
+    scoring = replace(case, mode="score", dead=0.0, dead_by="sequences")
+    found["value"] = of(scoring)["value"] if rounded else VALUE / SLACK
     return {name: SLACK * error for name, error in found.items()}
 
 
@@ -279,11 +285,17 @@ def _inputs_for(provider: Provider, case: Case, device: str) -> Inputs:
 
 
 @lru_cache(maxsize=2)  # with and without reference log-probs
-def _expected(case: Case, device: str, without: bool) -> tuple[Truth, Errors]:
-    """What the providers of a case are held against, and how far off they may be."""
+def _expected(case: Case, device: str, without: bool) -> Truth:
+    """What the providers of a case are held against."""
     inputs = make_inputs(case, device)
-    inputs = without_reference(inputs) if without else inputs
-    return truth(case, inputs), limits(case, inputs)
+    return truth(case, without_reference(inputs) if without else inputs)
+
+
+@lru_cache(maxsize=4)
+def _allowed(case: Case, device: str, without: bool, rounded: bool) -> Errors:
+    """How far off they may be."""
+    inputs = make_inputs(case, device)
+    return limits(case, without_reference(inputs) if without else inputs, rounded)
 
 
 def run_case(case: Case, chosen: list[Provider], settings: Settings, say: Say) -> list[Row]:
@@ -330,10 +342,12 @@ def _gated(case: Case, provider: Provider, settings: Settings) -> Entry:
     row: Row = {
         **case.fields(), "live_rows": case.live_rows, "provider": provider.name,
         "workspace_mib": provider.workspace_mib if isinstance(provider, Ours) else None,
+        "tile": provider.tile if isinstance(provider, Ours) else None,
         "passes": provider.passes(case), **about(provider, device), "note": provider.note_on(case),
     }  # fmt: skip
     inputs = _inputs_for(provider, case, device)
-    true, allowed = _expected(case, device, provider.without_reference(case))
+    without = provider.without_reference(case)
+    true, allowed = _expected(case, device, without), _allowed(case, device, without, provider.rounded)
     wait = math.inf if provider.ours else min(PATIENCE, settings.deadline - time.monotonic())
     try:
         with patience(wait if settings.deadline < math.inf else math.inf):

@@ -7,8 +7,10 @@ a per-token mode or the scalar of a loss, and the gradients the mode asks for, i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from torch import Tensor
 
 import fused_align as fa
 from fused_align import backends
+from fused_align.linear import plan
 
 from .cases import Case, Inputs
 from .reference import BETA, CLIP, HUMANLINE, IGNORE, TAU, loss_of
@@ -32,7 +35,7 @@ class Provider:
 
     package: the distribution whose version goes into the rows. ours: must pass the gate, or the run fails.
     compiled: compiles for the shapes it meets, so a tiny call does not warm it up. note: how its work differs
-    from the others'.
+    from the others'. rounded: its logits are to have the operands' dtype, and are held against such logits.
     """
 
     name: str
@@ -40,6 +43,10 @@ class Provider:
     ours: bool = False
     compiled: bool = False
     note: str = ""
+
+    @property
+    def rounded(self) -> bool:
+        return False
 
     def why_not(self, device: str) -> str | None:
         """None if it can be imported and run on "cpu" or "cuda", else a sentence."""
@@ -113,6 +120,15 @@ LOSSES = {
     "gspo": fa.GSPO(eps_low=CLIP, eps_high=CLIP),
 }
 PLANS = ("auto", "score", "fused", "jacobian", "single", "window", "recompute")
+Tile = tuple[int, int]  # the most rows of a tile of logits, and its MiB
+
+
+@contextmanager
+def tiles_of(tile: Tile | None, device: str) -> Iterator[None]:
+    """Calls plan with tiles of this size; with the planner's own where it is None."""
+    rows, mib = tile or (plan.MAX_ROWS[device], plan.TILE_BYTES[device] // plan.MIB)
+    with patch.dict(plan.MAX_ROWS, {device: rows}), patch.dict(plan.TILE_BYTES, {device: mib * plan.MIB}):
+        yield
 
 
 @dataclass(frozen=True)
@@ -121,9 +137,18 @@ class Ours(Provider):
     plan: str = "auto"
     precision: str = "high"
     workspace_mib: int | None = None
+    tile: Tile | None = None
+
+    @property
+    def rounded(self) -> bool:
+        return self.precision == "bf16"
 
     def with_workspace(self, mib: int) -> Ours:
         return replace(self, workspace_mib=mib, name=f"{self.name[:-1]},{mib}MiB]")
+
+    def with_tile(self, tile: Tile) -> Ours:
+        """The same where the planner's tiles have other sizes than it takes by itself."""
+        return replace(self, tile=tile, name=f"{self.name[:-1]},{tile[0]}rows x {tile[1]}MiB]")
 
     def why_not(self, device: str) -> str | None:
         if self.backend == "auto":
@@ -153,7 +178,9 @@ class Ours(Provider):
         }  # fmt: skip
         hidden, weight = leaves(case, inputs)
         if case.loss is None:
-            return from_logp(case, inputs, lambda x, w, y: fa.linear_logp(x, w, y, **options))
+            return self._tiled(
+                from_logp(case, inputs, lambda x, w, y: fa.linear_logp(x, w, y, **options)), inputs
+            )
         loss, clip = LOSSES[case.loss], fa.Humanline(*HUMANLINE) if case.humanline else None
 
         def run() -> Result:
@@ -164,6 +191,16 @@ class Ours(Provider):
             )  # fmt: skip
             out = fa.align_loss(hidden, weight, batch, loss, humanline=clip, **options)
             return gradients(case, out.loss, hidden, weight)
+
+        return self._tiled(run, inputs)
+
+    def _tiled(self, call: Call, inputs: Inputs) -> Call:
+        if self.tile is None:
+            return call
+
+        def run() -> Result:
+            with tiles_of(self.tile, inputs.hidden.device.type):
+                return call()
 
         return run
 
@@ -211,10 +248,16 @@ def too_large(case: Case, device: str) -> str | None:
 
 @dataclass(frozen=True)
 class Eager(Provider):
+    """wide: the operands are cast to float32 first, so that the logits are in float32 too."""
+
+    wide: bool = False
+
     def supports(self, case: Case, device: str) -> str | None:
         return too_large(case, device)
 
     def build(self, case: Case, inputs: Inputs) -> Call:
+        if self.wide:
+            return from_logp(case, inputs, lambda x, w, y: eager_logp(x.float(), w.float(), y))
         return from_logp(case, inputs, torch.compile(eager_logp) if self.compiled else eager_logp)
 
 
@@ -241,7 +284,7 @@ class TorchLinearCrossEntropy(Provider):
         return from_nll(case, inputs, nll)
 
 
-EAGER = Eager("eager")
+EAGER, WIDE_EAGER = Eager("eager"), Eager("eager[float32]", wide=True)
 
 
 def torch_providers() -> list[Provider]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import statistics
 from collections.abc import Iterable
@@ -26,7 +25,6 @@ CASE = tuple(field.name for field in fields(Case))
 SETTING = tuple(name for name in CASE if name != "mode")
 MIB = 2**20
 KERNEL = "kernel"  # the mode of rows of bench/kernels.py
-SLOWER = 1.02  # times another's: below it may be noise
 
 
 def read(path: str | Path) -> list[Row]:
@@ -289,52 +287,6 @@ def _change(before: list[Row], after: list[Row], name: str) -> float | None:
 def _worst(rows: list[Row]) -> float:
     names = ("error_value", "error_dhidden", "error_dweight")
     return max(float(row[name]) for row in rows for name in names if name in row)
-
-
-# ---- backends -------------------------------------------------------------------------------------------
-
-
-def fastest(rows: list[Row]) -> list[str]:
-    """Per case the backends of this package from the fastest on, each by its best plan; then cuda's times and
-    triton's by the same plans. What "auto" should take first follows from it: rows of "auto" itself and those
-    with 16-bit logits do not count."""
-    cases: dict[tuple, dict[str, tuple[float, str]]] = {}
-    same: dict[tuple[str, object], float] = {}
-    for row in rows:
-        named = re.fullmatch(r"fused_align\[(\w+),(.*)\]", str(row["provider"]))
-        if named is None or "seconds" not in row or "failed" in row:
-            continue
-        (backend, plan), case = named.groups(), tuple(row[name] for name in CASE)
-        if backend == "auto" or "bf16" in plan.split(","):
-            continue
-        found = cases.setdefault((f"{row['mode']}, {setting(row)}", case), {})
-        found[backend] = min(found.get(backend, (math.inf, "")), (float(row["seconds"]), plan))
-        at = backend, f"{plan}: {row['mode']}, {setting(row)}"
-        same[at] = min(same.get(at, math.inf), float(row["seconds"]))
-    lines = []
-    for (title, _), found in cases.items():
-        (best, (seconds, plan)), *others = sorted(found.items(), key=lambda item: item[1])
-        rest = "".join(f"; {name} {other / seconds:.3f} ({by})" for name, (other, by) in others)
-        if others:
-            lines.append(f"fastest: {best} {seconds * 1e3:.4g} ms ({plan}){rest}: {title}")
-    return lines + compared_times(same)
-
-
-def compared_times(seconds: dict[tuple[str, Any], float]) -> list[str]:
-    """How cuda's times and triton's compare, from seconds by backend and what was timed; [] without both."""
-    ratios = {
-        what: cuda / seconds["triton", what]
-        for (name, what), cuda in seconds.items()
-        if name == "cuda" and ("triton", what) in seconds
-    }
-    if not ratios:
-        return []
-    mean = math.exp(statistics.fmean(map(math.log, ratios.values())))
-    slower = [f"{what} ({ratio:.2f})" for what, ratio in ratios.items() if ratio > SLOWER]
-    line = f"cuda takes {mean:.3f} of triton's time, the geometric mean of {len(ratios)}"
-    return [
-        f"{line}; longer in none" if not slower else f"{line}; longer in {len(slower)}: {'; '.join(slower)}"
-    ]
 
 
 # ---- plot -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import kernels
 import pytest
 import torch
 from tolerances import check_grad, check_logp
@@ -19,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 N, H, V = 1000, 512, 32003
+DEVICE = torch.device("cuda")  # of the fixture `backend`: each backend of kernels is "auto" in turn
 LOSSES = [fa.SFT(), fa.DPO(), fa.KTO(), fa.GRPO(beta=0.1), fa.GSPO(), fa.IPO(), fa.CISPO()]
 
 
@@ -55,15 +57,13 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def step(loss: fa.Loss | None, backend: str, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def step(loss: fa.Loss | None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, target = operands()
     hidden.requires_grad_(), weight.requires_grad_()
     if loss is None:
-        value = fa.linear_logp(hidden, weight, target, backend=backend, **options).sum()
+        value = fa.linear_logp(hidden, weight, target, **options).sum()
     else:
-        value = fa.align_loss(
-            hidden.view(8, -1, H), weight, batch_of(target), loss, backend=backend, **options
-        ).loss
+        value = fa.align_loss(hidden.view(8, -1, H), weight, batch_of(target), loss, **options).loss
     value.backward()
     assert hidden.grad is not None and weight.grad is not None
     return value.detach(), hidden.grad, weight.grad
@@ -71,13 +71,15 @@ def step(loss: fa.Loss | None, backend: str, **options: Any) -> tuple[Tensor, Te
 
 @pytest.mark.parametrize("plan", ["score", "fused", "jacobian", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_against_float64(plan: str, dtype: torch.dtype):
+def test_against_float64(backend: str, plan: str, dtype: torch.dtype):
+    if plan == "fused" and backend != "triton":
+        pytest.skip("only triton has the plan fused")
     hidden, weight, target = operands(dtype)
     wide = hidden.double().requires_grad_(), weight.double().requires_grad_()
     want, _, _ = oracles.token_stats(*wide, target)
     graded = plan in ("jacobian", "recompute")
     hidden.requires_grad_(graded), weight.requires_grad_(plan == "recompute")
-    got = fa.linear_logp(hidden, weight, target, backend="triton", plan=plan)
+    got = fa.linear_logp(hidden, weight, target, plan=plan)
     check_logp(got.detach(), want.detach(), dtype)
     if graded and dtype == torch.float32:
         want.sum().backward()
@@ -86,8 +88,9 @@ def test_against_float64(plan: str, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("loss", [None, *LOSSES], ids=lambda x: x.name if x else "linear_logp")
+@pytest.mark.usefixtures("backend")
 def test_the_same_bits_twice(loss: fa.Loss | None):
-    for one, other in zip(step(loss, "triton"), step(loss, "triton"), strict=True):
+    for one, other in zip(step(loss), step(loss), strict=True):
         assert torch.equal(one, other)
 
 
@@ -100,9 +103,10 @@ def test_a_row_does_not_depend_on_its_neighbours(rows: int):
 
 
 @pytest.mark.parametrize("loss", [None, *LOSSES], ids=lambda x: x.name if x else "linear_logp")
+@pytest.mark.usefixtures("backend")
 def test_max_live_never_waits(loss: fa.Loss | None):
     options = {"max_live": N, "plan": "recompute" if loss is None or loss.item != "token" else "single"}
-    step(loss, "triton", **options)  # compiles
+    step(loss, **options)  # compiles
     hidden, weight, target = operands()
     hidden.requires_grad_(), weight.requires_grad_()
     batch = batch_of(target)
@@ -114,25 +118,27 @@ def test_max_live_never_waits(loss: fa.Loss | None):
         value.backward()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_memory_stays_in_the_budget(backend: str):
+@pytest.mark.parametrize("name", ["torch", *kernels.BACKENDS])
+def test_memory_stays_in_the_budget(name: str, monkeypatch: pytest.MonkeyPatch):
+    kernels.use(name, monkeypatch, DEVICE)
     hidden, weight, target = operands()
     hidden.requires_grad_(), weight.requires_grad_()
     budget, mandatory = 64 << 20, 2 * (N * H + V * H)
-    fa.linear_logp(hidden, weight, target, backend=backend, workspace_bytes=budget).sum().backward()
+    fa.linear_logp(hidden, weight, target, workspace_bytes=budget).sum().backward()
     hidden.grad = weight.grad = None
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    fa.linear_logp(hidden, weight, target, backend=backend, workspace_bytes=budget).sum().backward()
+    fa.linear_logp(hidden, weight, target, workspace_bytes=budget).sum().backward()
     extra = torch.cuda.max_memory_allocated() - before
     assert extra <= budget + mandatory + (16 << 20), f"{extra >> 20} MiB"
 
 
+@pytest.mark.usefixtures("backend")
 def test_compiled_is_eager():
     hidden, weight, target = operands()
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        return fa.linear_logp(hidden * 2, weight, target, backend="triton").square().mean()
+        return fa.linear_logp(hidden * 2, weight, target).square().mean()
 
     leaves = [x.clone().requires_grad_() for x in (hidden, weight) for _ in range(2)]
     loss(leaves[0], leaves[2]).backward()
