@@ -60,6 +60,11 @@ def write(trainer: AlignTrainer, path: Path) -> None:
         torch.save(found, path)
 
 
+# transformers before 5.23 loads a rank's optimizer to "cpu:0", which torch.load does not know
+torch.serialization.register_package(
+    100, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None
+)
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
     torch.distributed.destroy_process_group()

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed")
+triton = pytest.importorskip("triton", reason="triton is not installed")
 
 #: bytes of shared memory that one block may have
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+#: bytes of stack by kernel and architecture with Triton 3.6, whose ptxas keeps one register of the variant
+#: that watches there, outside of the loops
+SPILLS_BEFORE_3_7 = {("exp_tile", 80): 8}
 #: kernels whose rows are long and adjacent: threads move 16 bytes at a time
 STREAMS = {
     "exp_tile",
@@ -43,8 +46,10 @@ def test_compiles_without_spills(arch: int, tmp_path: Path):
     assert run.returncode == 0, run.stderr[-4000:]
     found: list[dict[str, Any]] = [json.loads(line) for line in run.stdout.splitlines()]
     assert {one["kernel"] for one in found} >= EXPECTED
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
     for one in found:
-        assert one["stack"] == one["local"] == 0, f"spills: {one}"
+        allowed = SPILLS_BEFORE_3_7.get((one["kernel"], arch), 0) if old else 0
+        assert one["stack"] <= allowed and one["local"] == 0, f"spills: {one}"
         assert one["shared"] <= SHARED[arch], one
     for name in STREAMS:
         assert any(one["wide"] for one in found if one["kernel"] == name), f"{name} moves less than 16 bytes"

@@ -38,7 +38,7 @@ class Allocations:
 
 def allocations(function: Callable[[], object], trace: Path) -> Allocations:
     fa.release_workspace()  # else it would not be allocated meanwhile
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         function()
     profiler.export_chrome_trace(str(trace))
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]

@@ -62,7 +62,7 @@ def small_budget(dtype: torch.dtype) -> int:
 def gemms(function: Callable[[], object]) -> list[int]:
     """The multiply-adds of every matrix product, seen below whatever hides them from a dispatch mode."""
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, acc_events=True
     ) as profile:
         function()
     found = []

@@ -12,6 +12,8 @@ from ..batch import Batch
 from .preference import DPO, PairLoss, check_flipped, smoothed
 from .state import State, all_reduced, zeros
 
+_DRAWS = torch.Generator()  # seeded before each draw; torch.compile could not trace its making before 2.13
+
 
 @dataclass(frozen=True)
 class AOT(PairLoss):
@@ -102,7 +104,7 @@ class BetaDPO(PairLoss):
 
     def _draw(self, margin: Tensor, m0: Tensor, sigma: Tensor) -> Tensor:
         log_weight = -(margin.double() - m0).square() / (2 * sigma.square()).clamp(min=1e-12)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.state.calls)
+        generator = _DRAWS.manual_seed(self.seed * 1_000_003 + self.state.calls)
         uniform = torch.rand(margin.numel(), generator=generator, dtype=torch.float64)
         uniform = uniform.to(margin.device, non_blocking=True)
         # the k largest of log weight + Gumbel noise are k draws without replacement
