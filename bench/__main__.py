@@ -1,4 +1,4 @@
-"""`python -m bench run | check | compare | plot | table`: see --help of each."""
+"""`python -m bench run | step | check | compare | plot | table`: see --help of each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from fused_align import backends
 
-from . import kernels, report
+from . import kernels, report, steps
 from .cases import DEAD_BY, DTYPES, MODES, SHAPES, SUITES, Case, Suite
 from .measure import MIN_ROUNDS, Settings, peak_here, providers, run_case
 from .providers import Ours, Provider
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         report.append(out, rows)
         found += rows
         failures += _own_failures(job, rows)
-        console.print(table(title, report.columns(rows), map(report.cells, rows)))
+        console.print(table(title, rows))
     _conclude(console, found, failures, [f"{job.case.label}: {', '.join(_names(job))}" for job in left])
     console.print(f"{time.monotonic() - begin:.0f} s. Rows are in {out}.", markup=False)
     return 1 if failures else 0
@@ -178,10 +178,10 @@ def run_kernels(args: argparse.Namespace, console: Console, out: Path, rounds: i
     for row in kernels.run(sizes, wanted, rounds, deadline, say):
         report.append(out, [row])
         rows.append(row)
-    console.print(table("kernels", report.KERNEL_COLUMNS, map(report.cells, rows)))
+    console.print(table("kernels", rows))
     if args.candidates:
         tried = kernels.candidates(sizes, wanted)
-        console.print(table("block sizes", ("kernel", "blocks", "µs", "note"), tried))
+        console.print(grid("block sizes", ("kernel", "blocks", "µs", "note"), tried))
     failed = [f"failed: {row['provider']}: {row['failed']}" for row in rows if "failed" in row]
     for line in kernels.summary(rows) + failed:
         say(line)
@@ -221,12 +221,25 @@ def _print(console: Console, lines: Iterable[str]) -> None:
         console.print(line, style="yellow", markup=False, highlight=False)
 
 
+def step(args: argparse.Namespace, console: Console) -> int:
+    def show(title: str, rows: list[report.Row]) -> None:
+        for group in report.by_setting(rows):
+            console.print(table(f"{title}: {report.setting(group[0])}", group))
+
+    return steps.run(args, console, show)
+
+
 def check(args: argparse.Namespace, console: Console) -> int:
     _print(console, verdicts(report.latest(_wanted(args))))
     return 0
 
 
-def table(title: str, columns: Iterable[str], rows: Iterable[list[str]]) -> Table:
+def table(title: str, rows: list[report.Row]) -> Table:
+    names = report.columns(rows)
+    return grid(title, names, (report.cells(row, names) for row in rows))
+
+
+def grid(title: str, columns: Iterable[str], rows: Iterable[list[str]]) -> Table:
     found = Table(title=title, title_justify="left")
     texts = ("case", "mode", "provider", "kernel", "backend", "blocks", "note")
     for name in columns:
@@ -253,7 +266,7 @@ def compare(args: argparse.Namespace, console: Console) -> int:
         ]
         for row in changes
     ]  # fmt: skip
-    console.print(table(f"{args.before} -> {args.after}", columns, lines))
+    console.print(grid(f"{args.before} -> {args.after}", columns, lines))
     if args.fail_above is None:
         return 0
     bad = report.worse(changes, args.fail_above)
@@ -340,6 +353,9 @@ def parser() -> argparse.ArgumentParser:
         "--fail-above", type=float, metavar="PCT", help="exit 1 if a ratio or a peak grew by more"
     )
     one.set_defaults(do=compare)
+    one = commands.add_parser("step", help="time whole training steps, and find the longest batch that fits")
+    steps.add_arguments(one)
+    one.set_defaults(do=step)
     one = commands.add_parser(
         "check", help="what the latest rows say of what is promised, and of the planner"
     )

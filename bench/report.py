@@ -23,8 +23,10 @@ from .cases import MODES, Case
 Row = dict[str, Any]
 CASE = tuple(field.name for field in fields(Case))
 SETTING = tuple(name for name in CASE if name != "mode")
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 KERNEL = "kernel"  # the mode of rows of bench/kernels.py
+STEP = "-step"  # how the modes of rows of bench/steps.py end
+TRAINED = ("sequences", "length", "lora_r", "gradient_checkpointing")  # of those rows, what else sets them
 
 
 def read(path: str | Path) -> list[Row]:
@@ -40,7 +42,8 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 def latest(rows: list[Row]) -> list[Row]:
     """The last row of each case, provider and device, by setting, mode, and providers as they came."""
-    last = {(tuple(row[name] for name in CASE), row["provider"], row["device"]): row for row in rows}
+    names = (*CASE, "provider", "device", *TRAINED)
+    last = {tuple(row.get(name) for name in names): row for row in rows}
     first: dict[object, int] = {}
     for row in rows:
         first.setdefault(row["provider"], len(first))
@@ -84,7 +87,14 @@ KERNEL_COLUMNS = (
 
 
 def columns(rows: list[Row]) -> tuple[str, ...]:
-    """The columns of rows that are all of kernels, or all of cases."""
+    """The columns of rows that are all of kernels, all of training steps, or all of cases.
+
+    GB, of training steps: tokens of the longest batch that fits into them, and its tokens per second.
+    """
+    if rows and rows[0]["mode"].endswith(STEP):
+        limits = sorted({float(limit) for row in rows for limit in row["fits"]})
+        plain = ("mode", "provider", "s/step", "p20-p80", "tokens/s", "peak GiB")
+        return (*plain, *(f"{limit:g} GB" for limit in limits), "note")
     return KERNEL_COLUMNS if rows and rows[0]["mode"] == KERNEL else COLUMNS
 
 
@@ -112,10 +122,30 @@ def _kernel_cells(row: Row) -> list[str]:
     ]  # fmt: skip
 
 
-def cells(row: Row) -> list[str]:
+def _step_cells(row: Row, names: tuple[str, ...]) -> list[str]:
+    found = {"mode": row["mode"].removesuffix(STEP), "provider": row["provider"]}
+    if "seconds" in row:
+        found |= {
+            "s/step": f"{row['seconds']:.3g}",
+            "p20-p80": f"{row['seconds_p20']:.3g}-{row['seconds_p80']:.3g}",
+            "tokens/s": f"{row['tokens_per_second']:.0f}",
+        }
+    if row.get("peak_bytes"):
+        found["peak GiB"] = f"{row['peak_bytes'] / GIB:.1f}"
+    for limit, fit in row["fits"].items():
+        speed = f" ({fit['tokens_per_second']:.0f}/s)" if fit["tokens"] else ""
+        found[f"{float(limit):g} GB"] = f"{'>= ' if fit['at_least'] else ''}{fit['tokens']}{speed}"
+    failed = f"failed: {row['failed']}" if row.get("failed") else None
+    found["note"] = "; ".join(filter(None, (row["note"], failed)))
+    return [found.get(name, "") for name in names]
+
+
+def cells(row: Row, names: tuple[str, ...] = COLUMNS) -> list[str]:
     """A row as the texts of its columns. ratio is to the bare GEMMs of the live rows."""
     if row["mode"] == KERNEL:
         return _kernel_cells(row)
+    if row["mode"].endswith(STEP):
+        return _step_cells(row, names)
     if row.get("failed"):
         blank = [""] * (len(COLUMNS) - 4)
         return [
@@ -137,6 +167,10 @@ def cells(row: Row) -> list[str]:
 
 def setting(row: Row) -> str:
     """One line that says what a table is of."""
+    if row["mode"].endswith(STEP):
+        parts = [f"{row['shape']}: {row['sequences']} sequences of {row['length']} tokens", row["dtype"]]
+        parts += [f"LoRA of rank {row['lora_r']}"] * bool(row["lora_r"])
+        return ", ".join([*parts, *["gradient checkpointing"] * row["gradient_checkpointing"]])
     parts = [f"{row['shape']}: {row['rows']} x {row['hidden']} x {row['vocab']}", row["dtype"], row["logits"]]
     if row["live"] != 1:
         parts.append(f"live share {row['live']:g}")
@@ -145,18 +179,23 @@ def setting(row: Row) -> str:
     return ", ".join(str(part) for part in parts)
 
 
+def by_setting(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each table, as they come."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(name) for name in ("device", *SETTING, *TRAINED)), []).append(row)
+    return list(groups.values())
+
+
 def markdown(rows: list[Row]) -> str:
     """One table per setting, and a line that says where it ran."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in latest(rows):
-        groups.setdefault((row["device"], *(row[name] for name in SETTING)), []).append(row)
     parts = []
-    for group in groups.values():
+    for group in by_setting(latest(rows)):
         names = columns(group)
         numbers = [name not in ("mode", "provider", "kernel", "backend", "note") for name in names]
         lines = [f"**{setting(group[0])}**", "", _line(names)]
         lines.append(_line(["---:" if right else "---" for right in numbers]))
-        lines += [_line(text.replace("|", "\\|") for text in cells(row)) for row in group]
+        lines += [_line(text.replace("|", "\\|") for text in cells(row, names)) for row in group]
         parts.append("\n".join([*lines, "", ran(group)]))
     return "\n\n".join(parts)
 
@@ -246,7 +285,7 @@ def compare(before: list[Row], after: list[Row]) -> list[Row]:
     def by_key(rows: list[Row]) -> dict[tuple, list[Row]]:
         found: dict[tuple, list[Row]] = {}
         for row in rows:
-            if not row.get("failed"):
+            if not row.get("failed") and "ratio" in row:
                 found.setdefault((*(row[name] for name in CASE), row["provider"]), []).append(row)
         return found
 

@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -403,7 +404,7 @@ def test_bounds_are_held_against_the_bare_products() -> None:
 
 
 def test_skipping_is_held_against_the_same_without_zeros() -> None:
-    half = {"dead": 0.5, "dead_by": "humanline"}
+    half: Any = {"dead": 0.5, "dead_by": "humanline"}
     rows = [
         row_of("fused_align[cuda,window]", "dpo", seconds=0.3),
         row_of("fused_align[cuda,window]", "dpo", seconds=0.2, **half),
@@ -442,7 +443,7 @@ def test_a_peer_is_beaten_in_time_within_its_memory() -> None:
 
 
 def test_what_the_planner_takes_is_held_against_what_it_could() -> None:
-    own = {"workspace_mib": 1024}
+    own: Any = {"workspace_mib": 1024}
     rows = [
         row_of("fused_align[auto,auto,1024MiB]", seconds=0.2, **own),
         row_of("fused_align[cuda,single,1024MiB]", seconds=0.1, **own),
@@ -458,7 +459,7 @@ def test_what_the_planner_takes_is_held_against_what_it_could() -> None:
 
 
 def test_tiles_and_workspaces_are_compared() -> None:
-    tiled = {"tile": [4096, 32], "workspace_mib": None}
+    tiled: Any = {"tile": [4096, 32], "workspace_mib": None}
     rows = [
         row_of("fused_align[cuda,score]", "score", seconds=0.2, workspace_mib=None),
         row_of("fused_align[cuda,score,4096rows x 32MiB]", "score", seconds=0.1, **tiled),
