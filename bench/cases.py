@@ -296,10 +296,8 @@ PROMISED = {  # mode: plan, MiB of the workspace, ratio to the bare GEMMs of the
     "kto": ("window", 6144, 1.08),
 }
 SKIPPING = 1.4  # times as fast, at least, with half of the coefficients zero as with none
-RIVALS = (
-    "eager", "torch.compile", "liger", "liger[compiled=False]", "liger[cross_entropy]", "cce", "cce[exact]",
-    "trl", "quack", "torch.linear_cross_entropy[chunked]",
-)  # fmt: skip
+RIVALS = ("eager", "liger[cross_entropy]", "liger[compiled=False]", "cce", "cce[exact]", "trl", "quack")
+SLOW_TO_START = ("torch.compile", "liger", "torch.linear_cross_entropy[chunked]")
 
 
 def _by(backends: tuple[str, ...], *plans: str) -> tuple[str, ...]:
@@ -314,16 +312,12 @@ def _held(case: Case, backends: tuple[str, ...]) -> Iterator[Suite]:
         yield Suite(f"{part.label}, by {plan}", (part,), _by(backends, *plans), (mib,), bound=bound)
 
 
-def _against(case: Case, modes: tuple[str, ...], rivals: tuple[str, ...] = RIVALS) -> Iterator[Suite]:
-    """Peers at the same work, this package with more memory and with less."""
-    for mode in modes:
-        per_token = mode in ("score", "frozen")
-        plans = ("score", "jacobian") if per_token else ("single", "window", "recompute")
-        own = ("fused_align[auto,auto]", *_by(backends.KERNELS, *plans))
+def _against(case: Case, rivals: tuple[str, ...]) -> Iterator[Suite]:
+    """Peers at the same work; what this package takes by itself, with more memory and with less."""
+    for mode in PROMISED:
         part = replace(case, mode=mode)
-        yield Suite(
-            f"{part.label}, and peers", (part,), (*own, *rivals), (None,) if per_token else (6144, 1024, 64)
-        )
+        mib = (None,) if mode in ("score", "frozen") else (6144, 1024, 64)
+        yield Suite(f"{part.label}, and peers", (part,), ("fused_align[auto,auto]", *rivals), mib)
 
 
 def _gpu() -> Iterator[Suite]:
@@ -331,15 +325,14 @@ def _gpu() -> Iterator[Suite]:
     kernels = backends.KERNELS
     for case in HEADS:
         yield from _held(case, (*kernels, "torch"))
-        yield from _against(case, ("grpo", "dpo", "score", "frozen", "trainable", "sft", "kto"))
+        yield from _against(case, (*RIVALS, *SLOW_TO_START))
         for mode, by in (("grpo", "sequences"), ("trainable", "sequences"), ("dpo", "humanline"),
                          ("kto", "humanline"), ("grpo", "humanline")):  # fmt: skip
             part = replace(case, mode=mode, dead=0.5, dead_by=by)
             plan, mib, _ = PROMISED[mode]
             yield Suite(part.label, (part,), (*_by(kernels, plan), "eager"), (mib,))
         for live in (0.5, 0.25):
-            some = replace(case, live=live)
-            yield from _against(some, ("grpo", "dpo", "score", "frozen", "trainable", "sft", "kto"))
+            yield from _against(replace(case, live=live), RIVALS)
         yield from _held(replace(case, logits="peaked"), kernels)
 
 
