@@ -12,6 +12,7 @@ from cases import (
     LOSSES,
     REGISTRY,
     Case,
+    fresh,
     generator,
     gradients,
     grpo_case,
@@ -138,7 +139,7 @@ def test_scoring(loss: fa.Loss):
     case = small_case(5)
     case.weight.requires_grad_()
     with torch.no_grad():
-        out = fa.align_loss(case.hidden, case.weight, case.batch(), loss, **case.head)
+        out = fa.align_loss(case.hidden, case.weight, case.batch(), fresh(loss), **case.head)
     assert not out.loss.requires_grad
     case.weight.requires_grad_(False)
     check_loss(out.loss, oracle_loss(case, loss)[0].detach(), torch.float64)

@@ -84,32 +84,39 @@ class Gradients:
     ) -> None:
         """Adds the gradients of a chunk."""
         assert chunk.x is not None
-        tiles = list(self.walk.tiles())
+        spans = self.walk.spans(chunk, coef, kept, live)
         scaled = None
         if parts[1] and (self.sum is not None or self.sliced):
             scaled = self.steps.scaled_rows(chunk.x, coef.rows, self.walk.gemm_dtype)
         dhidden = self._rows_of_hidden(rows, places) if parts[0] else None
         if parts[1] and only in (None, 0):
             self._add_vectors(rows, chunk, coef)
-        for number, (start, stop) in enumerate(tiles):
+        for number, (start, stop) in enumerate(spans):
             if only not in (None, number):
                 continue
-            tile = self.walk.gradient_tile(chunk, coef, number, start, stop, kept, live)
+            span = self.walk.gradient_tile(chunk, coef, start, stop, kept, live)
             if dhidden is not None:
                 weight, _ = self.head.tile(start, stop)
-                self.walk.gemm(dhidden, tile, weight, start > 0)
-            if scaled is not None:
-                self.walk.gemm(self._part(start, stop), tile.t(), scaled, start in self.written)
-                self.written.add(start)
-            if ends is not None:
-                self.round_slice(start, stop, ends)
+                self.walk.gemm(dhidden, span, weight, start > 0)
             if self.bias is not None and parts[1]:
-                self.steps.add_products(self.bias[start:stop], tile, coef.rows)
+                self.steps.add_products(self.bias[start:stop], span, coef.rows)
+            if scaled is not None:
+                self._add_weight(start, span, scaled, ends)
         if scaled is not None and self.sum is not None:
             column = columns(rows, chunk.target, self.sum.shape[0])
             self.steps.add_hidden_rows(self.sum, column, chunk.x, coef.target)
-        if dhidden is not None and only in (None, len(tiles) - 1):
+        if dhidden is not None and only in (None, len(spans) - 1):
             self._store_hidden(rows, dhidden, coef.rows, chunk, coef)
+
+    def _add_weight(self, first: int, span: Tensor, scaled: Tensor, ends: Targets | None) -> None:
+        """Adds span^T [v, r] @ scaled [r, H] to dweight from row `first` on, slice by slice."""
+        for start in range(first, first + span.shape[1], self.walk.cols):
+            stop = min(start + self.walk.cols, first + span.shape[1])
+            tile = span[:, start - first : stop - first]
+            self.walk.gemm(self._part(start, stop), tile.t(), scaled, start in self.written)
+            self.written.add(start)
+            if ends is not None:
+                self.round_slice(start, stop, ends)
 
     def add_all(
         self,

@@ -207,7 +207,7 @@ def waist(
         grad and hidden.requires_grad,
         grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
     )
-    named: dict[str, Tensor] = dict(zip(STATS, found, strict=False))  # the backward's follow
+    named: dict[str, Tensor] = dict(zip(STATS, found[: len(STATS)], strict=True))  # the backward's follow
     return {name: named[name] for name in ("logp", "lse", *stats)}
 
 

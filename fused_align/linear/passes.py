@@ -146,16 +146,34 @@ class Walk:
             return tile, tile
         return tile, self.scratch.tile(self.rounding, (rows, cols), self.gemm_dtype)
 
+    def spans(
+        self, chunk: Chunk, coef: Coefficients, kept: Tensor | None, live: Tensor | None
+    ) -> list[tuple[int, int]]:
+        """The columns that `gradient_tile` is asked for: a tile, or several that were kept.
+
+        dhidden is read and written again for every product that is added to it. So where E is multiplied as
+        it was kept there is one, and where live rows are gathered from it as few as the scratch allows.
+        """
+        tiles, weight = list(self.tiles()), self.head.weight
+        plain = self.head.operand in (None, weight.dtype) and kept is not None and kept.dtype == weight.dtype
+        if kept is None or not plain or coef.mix is not None or any(x is not chunk.ref for x in chunk.refs):
+            return tiles
+        vocab = weight.shape[0]
+        if live is None:
+            return [(0, vocab)]
+        room = self.scratch.area // (kept.element_size() * live.numel())
+        width = max(1, room // self.cols) * self.cols
+        return [(start, min(start + width, vocab)) for start in range(0, vocab, width)]
+
     def gradient_tile(
         self,
         chunk: Chunk,
         coef: Coefficients,
-        number: int,
         start: int,
         stop: int,
         kept: Tensor | None,  # [r', V], what forward kept; None: the tile is computed again
         live: Tensor | None,  # [r] which rows of kept; None: all
-    ) -> Tensor:  # [r, v]
+    ) -> Tensor:  # [r, stop - start]
         """E f, times its affine function of z_v - z_y under an entropy gradient, as the GEMMs take it."""
         rows, cols = chunk.target.numel(), stop - start
         if kept is None:
@@ -164,7 +182,7 @@ class Walk:
             assert out is not None
             self.steps.grad_tile(self.head, chunk, coef, weight, bias, start, tile, out, self.scratch)
             return out
-        ref, kept = chunk.refs[number], kept[:, start:stop]
+        ref, kept = chunk.refs[start // self.cols], kept[:, start:stop]
         if live is None and ref is chunk.ref and coef.mix is None:
             return kept
         out = self.scratch.tile(0, (rows, cols), kept.dtype)
