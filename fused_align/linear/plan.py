@@ -20,6 +20,7 @@ for dhidden alone where that is too much. The result does not depend on the plan
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ MIB = 1 << 20
 
 # A tile that stays in a CPU's cache between the GEMM and the passes over it; on a GPU, one that fills it.
 TILE_BYTES = {"cpu": 8 * MIB, "cuda": 128 * MIB}
+CACHE_BYTES = {"cpu": 8 * MIB, "cuda": 32 * MIB}  # what a pass leaves there for the next one
 LEAST_BUDGET = 256 * MIB  # the default of a GPU whose few rows would do with less, in many small launches
 MAX_ROWS = {"cpu": 2048, "cuda": 8192}
 MIN_ROWS, MIN_COLS = 32, 256  # the smallest tile worth a GEMM; a budget below it is raised to it
@@ -43,13 +45,14 @@ ROW_BYTES = 256  # the vectors of a chunk's rows: sums, coefficients, float64 in
 GATHER_BYTES = 3 * STEP_BYTES  # gathered weight rows and the products with them, see backends.torch_
 
 # What the choice between plans rests on, per device: FLOPs of a GEMM in the time that one byte takes to or
-# from memory, of float32 and of 16-bit operands; the rows of a chunk at which a GEMM runs at half its speed.
-# (The bytes that passes over a tile amount to are the backend's.)
+# memory, of float32 and of 16-bit operands; the rows of a chunk, and the elements of a tile, at which a GEMM
+# runs at half its speed. (The bytes that passes over a tile amount to are the backend's.)
 FLOPS_PER_BYTE = {"cpu": (10.0, 40.0), "cuda": (12.0, 184.0)}
 # the fused kernel's product, by bytes of an operand, as a share of the vendor's: estimates until measured
 FUSED_SPEED = {2: 0.8, 4: 0.4}
 LIVE_SHARE = 0.9  # f, where a loss may clip tokens away: how many is not known before the forward
 HALF_SPEED_ROWS = {"cpu": 4, "cuda": 256}
+HALF_SPEED_TILE = {"cpu": 0, "cuda": 1 << 20}
 
 
 @dataclass(frozen=True)
@@ -205,11 +208,15 @@ class Problem:
             return logits / FUSED_SPEED[self.weight_dtype.itemsize] + byte * moved
         moved += logits * self.rows * self.vocab * backends.steps(self.backend).EXP_BYTES[kind]
         kept = plan.rows * self.vocab * gemm_dtype(self).itemsize
-        if plan.name in COMPLETE and kept > TILE_BYTES[kind]:  # written once, read by every gradient GEMM
+        if plan.name in COMPLETE and kept > CACHE_BYTES[kind]:  # written once, read by every gradient GEMM
             moved += (1 + gradients) * kept * chunks
+        size = self.work.itemsize * self.hidden
+        if plan.name in ("jacobian", "recompute") and plan.rows * size > CACHE_BYTES[kind]:
+            # what is summed of a chunk is read and written for every tile
+            moved += 2 * size * self.rows * self.grad_hidden * -(-self.vocab // plan.cols)
         if self.grad_head and not (self.rounds and plan.name == "recompute"):
             moved += 2 * chunks * weight * self.work.itemsize  # dweight is read and written
-        slow = 1 + HALF_SPEED_ROWS[kind] / plan.rows
+        slow = 1 + HALF_SPEED_ROWS[kind] / plan.rows + HALF_SPEED_TILE[kind] / (plan.rows * plan.cols)
         return (logits + gradients) * slow + byte * moved
 
 
@@ -259,7 +266,7 @@ def budget(workspace_bytes: int | None, problem: Problem) -> int:
         return workspace_bytes
     if problem.on_cpu:
         return 256 * MIB
-    fast = problem.bytes("single", min(problem.rows, 4096), 1024)
+    fast = problem.bytes("single", min(problem.rows, 4096), 4096)
     total = (
         torch.cuda.get_device_properties(problem.device).total_memory if problem.device.type == "cuda" else 0
     )
@@ -358,40 +365,73 @@ def _too_small(plan: str, problem: Problem, available: int) -> str:
 
 
 def _sized(name: str, problem: Problem, available: int) -> Plan | None:
-    """The sizes of a plan within `available` bytes; None where complete rows of not one item fit."""
+    """The sizes of a plan of the least cost within `available` bytes, of a smallest tile where nothing fits.
+
+    None where complete rows of not one item fit.
+    """
+    rows = max(1, min(problem.rows, _most_rows(problem)))
     if name in COMPLETE:
-        rows = _chunk_rows(problem, name, available)
-        if not rows:
-            return None
+        # rows that leave room for a narrow tile, or fewer and a wider one
+        some = {_chunk_rows(problem, name, available, width * _least_cols(problem)) for width in (1, 4)} - {0}
     else:
-        rows = min(problem.rows, _most_rows(problem))
-    rows, apart = max(rows, 1), False
-    if name == "recompute" and rows < problem.rows:
-        apart = problem.waiting > available // 2  # one more pass costs less than small tiles
-    cols = _cols(problem, rows)
-    while problem.bytes(name, rows, cols, apart) > available:
-        if cols > _least_cols(problem):
-            cols = max(_least_cols(problem), cols // 2 // MIN_COLS * MIN_COLS)  # rows that begin aligned
-        elif rows > MIN_ROWS and name not in COMPLETE:
-            rows = max(MIN_ROWS, rows // 2)
-        else:
-            break
+        some = {max(rows >> halved, min(rows, MIN_ROWS)) for halved in range(rows.bit_length())}
+    best = None
+    for few in sorted(some, reverse=True):
+        plan = _tiled(name, problem, few, available)
+        if best is not None and plan is not None and problem.cost(plan) >= problem.cost(best):
+            break  # and fewer rows cost yet more
+        best = plan or best
+    if best is None and name not in COMPLETE:
+        least = min(rows, MIN_ROWS)
+        best = Plan(name, least, _least_cols(problem), _is_apart(name, problem, least, available))
+    return best
+
+
+def _tiled(name: str, problem: Problem, rows: int, available: int) -> Plan | None:
+    """The plan with chunks of at most `rows` and tiles as wide as fit; None where not the narrowest does."""
     if name != "window":  # even chunks: a short last one wastes a pass over the weight
-        rows = -(-problem.rows // max(1, -(-problem.rows // rows)))
-    return Plan(name, max(rows, 1), cols, apart)
+        rows = max(1, -(-problem.rows // max(1, -(-problem.rows // rows))))
+    apart, most = _is_apart(name, problem, rows, available), _cols(problem, rows)
+
+    def fits(steps: int) -> bool:  # rows of a tile begin aligned
+        return problem.bytes(name, rows, min(steps * MIN_COLS, most), apart) <= available
+
+    steps = -(-most // MIN_COLS)
+    if not fits(steps):
+        if not fits(1):
+            return None
+        steps = _most(1, steps, fits)
+    return Plan(name, rows, min(steps * MIN_COLS, most), apart)
 
 
-def _chunk_rows(problem: Problem, plan: str, available: int) -> int:
-    """The most complete rows that fit, 0 if there are none that are of use."""
+def _is_apart(name: str, problem: Problem, rows: int, available: int) -> bool:
+    """Whether one more pass costs less than the small tiles beside all of dhidden, waiting for dweight."""
+    return name == "recompute" and rows < problem.rows and problem.waiting > available // 2
+
+
+def _chunk_rows(problem: Problem, plan: str, available: int, cols: int) -> int:
+    """The most complete rows that fit beside a tile of `cols`, 0 if there are none that are of use."""
+    cols = min(cols, problem.vocab)
+
+    def fits(rows: int) -> bool:
+        return problem.bytes(plan, rows, cols) <= available
+
     least = _least_rows(problem)
-    rows = max(least, min(problem.rows, _most_rows(problem)), 1)
+    most = max(least, min(problem.rows, _most_rows(problem)), 1)
     if problem.sizes:  # whole items: the largest one may be larger than a chunk should be
-        rows = max(rows, min(max(problem.sizes), problem.rows))
-    while rows > least and problem.bytes(plan, rows, _least_cols(problem)) > available:
-        rows = max(least, rows * 7 // 8)
-    if problem.rows and problem.bytes(plan, rows, _least_cols(problem)) > available:
-        return 0
+        most = max(most, min(max(problem.sizes), problem.rows))
+    if problem.rows and not fits(least):
+        return most if fits(most) else 0  # all in one chunk need no sum of dweight
+    rows = most if fits(most) else _most(least, most, fits)
     return 0 if problem.sizes and problem.spilled(rows) == problem.rows > 0 else rows
+
+
+def _most(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest of low to high that fits; low does, and so does what is less than what does."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def _least_rows(problem: Problem) -> int:
