@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+triton = pytest.importorskip("triton", minversion="3.6", reason="needs Triton 3.6")
 
 #: bytes of shared memory that one block may have
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}

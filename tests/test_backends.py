@@ -47,6 +47,7 @@ def test_the_environment_chooses_what_auto_is(monkeypatch: pytest.MonkeyPatch):
 
 def test_triton_says_why_not(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(backends.triton_, "INSTALLED", "3.6.0")
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run here: its kernels need a GPU"):
         backends.pick("triton", torch.device("cpu"))
     assert "need an NVIDIA or AMD GPU" in str(dict(backends.table("meta"))["triton"])

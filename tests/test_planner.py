@@ -10,7 +10,7 @@ import torch
 from cases import generator, randn
 
 import fused_align as fa
-from fused_align.linear.plan import MIB, Problem, choose
+from fused_align.linear.plan import MIB, TILE_BYTES, Problem, choose
 
 S, T, H, V = 8, 32, 64, 4096
 
@@ -114,3 +114,47 @@ def test_a_plan_keeps_to_its_budget_or_to_the_smallest_tile(budget: int, couplin
         needed = problem.bytes(chosen.name, chosen.rows, chosen.cols, chosen.apart)
         smallest = min(rows, 32) * 256
         assert needed <= budget or chosen.rows * chosen.cols <= smallest, chosen
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------
+
+
+def problem(rows: int, hidden: int, vocab: int, kind: str = "meta", **changes: Any) -> Problem:
+    """A trainable bfloat16 head with the gradients of a loss per token; "meta" is planned for as a GPU is."""
+    half = torch.bfloat16
+    given: dict[str, Any] = {"grad_hidden": True, "grad_head": True, "coupling": "token", **changes}
+    return Problem(
+        rows, rows, hidden, vocab, torch.float32, half, half, None, False, torch.device(kind), **given
+    )
+
+
+def test_a_small_budget_of_a_gpu_gets_tiles_that_fill_it():
+    """dhidden of all rows would be the whole budget: it is formed apart, as soon as chunks are needed."""
+    whole = problem(8192, 2048, 256_000)
+    found = choose(whole, "auto", 64 * MIB)
+    assert (found.name, found.apart) == ("recompute", True)
+    assert found.rows * found.cols >= 1 << 20 and found.rows >= 512
+    assert whole.bytes(found.name, found.rows, found.cols, found.apart) <= 64 * MIB
+
+
+@pytest.mark.parametrize(("rows", "hidden", "vocab"), [(8192, 2048, 256_000), (16384, 4096, 128_256)])
+def test_the_default_budget_of_a_gpu_is_for_chunks_of_4096_rows(rows: int, hidden: int, vocab: int):
+    found = choose(problem(rows, hidden, vocab))
+    assert (found.name, found.rows) == ("single", 4096)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "meta"])
+@pytest.mark.parametrize("mib", [1, 16, 100, 1024, 8192])
+def test_sizes_keep_to_the_budget_and_use_it(kind: str, mib: int):
+    for plan in ("single", "recompute", "jacobian"):
+        one = problem(5000, 512, 100_000, kind, grad_head=plan != "jacobian")
+        try:
+            found = choose(one, plan, mib * MIB)
+        except ValueError as error:
+            assert plan == "single" and "needs workspace_bytes >=" in str(error) and mib <= 100
+            continue
+        used = one.bytes(plan, found.rows, found.cols, found.apart)
+        assert used <= mib * MIB or (found.rows, found.cols) == (32, 256)
+        wider = one.bytes(plan, found.rows, found.cols + 256, found.apart)
+        most = TILE_BYTES["cpu" if kind == "cpu" else "cuda"] // 4
+        assert wider > mib * MIB or found.rows * (found.cols + 256) > most or found.cols == one.vocab

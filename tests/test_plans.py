@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from cases import (
 from tolerances import DIFFERENCE, DIFFERENCE_STEP, check_grad, check_like_torch, check_loss
 
 import fused_align as fa
+from fused_align.linear import plan as planner
 
 KIB = 1 << 10
 LENGTHS = [
@@ -336,6 +338,28 @@ def test_a_small_budget_means_several_chunks_and_tiles():
         ("recompute", fa.DPO(), 100 * KIB),
     ):
         assert products(plan, loss, budget) >= 2 * products(plan, loss, None), plan
+
+
+@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize("loss", [fa.SFT(), fa.DPO()], ids=loss_id)
+def test_kept_exponentials_give_dhidden_in_few_products(
+    loss: fa.Loss, dead: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """In one, over all of the vocabulary; of rows that are live, in as few as fit the scratch of a tile."""
+    case = big_case(V=2000).to(torch.float32)
+    rows = int(case.mask.sum())
+    monkeypatch.setattr(planner, "TILE_BYTES", {"cpu": 4 * 256 * rows})  # eight tiles
+    weight = torch.ones(case.target.shape)
+    if dead:
+        weight[:, 1::3] = weight[:, 2::3] = 0.0
+    live = int((weight * case.mask).sum())
+    run = partial(run_loss, case, loss, frozen=("weight",), changes={"token_weight": weight})
+    plan = "single" if isinstance(loss, fa.SFT) else "window"
+    found = gemms(lambda: run(plan=plan))
+    assert sum(found) == (rows + live) * case.weight.numel()
+    assert len(found) - 8 == (-(-2000 // (256 * rows // live // 256 * 256)) if dead else 1)
+    want, got = run(plan="recompute")[1], run(plan=plan)[1]
+    check_grad(got["hidden"], want["hidden"].double(), torch.float32, "hidden")
 
 
 def test_a_masked_half_costs_half():
