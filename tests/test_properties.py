@@ -84,7 +84,11 @@ def test_micro_batches_add_up(loss: fa.Loss, counts: list[int], seed: int, data:
             out, grads = run_loss(sequences(case, index), loss, **options)
             total += out.loss.detach()
             weight_grad += grads["weight"]
-            check_grad(grads["hidden"], whole_grads["hidden"][index], torch.float64, "hidden")
+            want = whole_grads["hidden"][index]
+            if want.any():
+                check_grad(grads["hidden"], want, torch.float64, "hidden")
+            else:  # terms that cancel, as APO-down's where the rejected answer is empty, may leave a rounding
+                assert grads["hidden"].abs().max() <= 1e-15
     check_loss(total, whole.loss.detach(), torch.float64)
     check_grad(weight_grad, whole_grads["weight"], torch.float64, "weight")
 
