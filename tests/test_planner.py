@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -137,10 +138,34 @@ def test_a_small_budget_of_a_gpu_gets_tiles_that_fill_it():
     assert whole.bytes(found.name, found.rows, found.cols, found.apart) <= 64 * MIB
 
 
-@pytest.mark.parametrize(("rows", "hidden", "vocab"), [(8192, 2048, 256_000), (16384, 4096, 128_256)])
-def test_the_default_budget_of_a_gpu_is_for_chunks_of_4096_rows(rows: int, hidden: int, vocab: int):
-    found = choose(problem(rows, hidden, vocab))
-    assert (found.name, found.rows) == ("single", 4096)
+@pytest.mark.parametrize("coupling", ["token", "pair"])
+@pytest.mark.parametrize(
+    ("rows", "hidden", "vocab"), [(8192, 2048, 256_000), (16384, 4096, 128_256), (32768, 3584, 152_064)]
+)
+def test_the_default_budget_of_a_gpu_is_for_chunks_of_4096_rows(
+    rows: int, hidden: int, vocab: int, coupling: str
+):
+    sizes = (256,) * (rows // 256) if coupling == "pair" else ()
+    found = choose(problem(rows, hidden, vocab, coupling=coupling, sizes=sizes))
+    assert found.name == ("window" if coupling == "pair" else "single")
+    assert found.rows >= 3500 and found.cols >= 4096
+
+
+def test_a_windows_chunk_is_as_large_as_its_pairs_fill_it():
+    """What does not fill it would only narrow its tiles."""
+    sizes = (300,) * 20
+    found = choose(problem(6000, 1024, 50_000, coupling="pair", sizes=sizes), "window", 400 * MIB)
+    assert found.rows % 300 == 0 and found.rows < 6000
+
+
+@pytest.mark.parametrize("rows", [107, 1000, 4096])
+def test_more_memory_never_costs_more(rows: int):
+    """Neither where dhidden begins to wait instead of being formed apart."""
+    one = problem(rows, 4096, 128_256)
+    costs = [
+        one.cost(choose(one, "recompute", mib * MIB)) for mib in (12, 16, 24, 30, 31, 32, 40, 64, 128, 256)
+    ]
+    assert all(after <= before * 1.02 for before, after in itertools.pairwise(costs)), costs
 
 
 @pytest.mark.parametrize("kind", ["cpu", "meta"])

@@ -45,7 +45,7 @@ ROW_BYTES = 256  # the vectors of a chunk's rows: sums, coefficients, float64 in
 GATHER_BYTES = 3 * STEP_BYTES  # gathered weight rows and the products with them, see backends.torch_
 
 # What the choice between plans rests on, per device: FLOPs of a GEMM in the time that one byte takes to or
-# memory, of float32 and of 16-bit operands; the rows of a chunk, and the elements of a tile, at which a GEMM
+# from memory, of float32 and of 16-bit operands; the rows of a chunk, and elements of a tile, at which a GEMM
 # runs at half its speed. (The bytes that passes over a tile amount to are the backend's.)
 FLOPS_PER_BYTE = {"cpu": (10.0, 40.0), "cuda": (12.0, 184.0)}
 # the fused kernel's product, by bytes of an operand, as a share of the vendor's: estimates until measured
@@ -365,33 +365,63 @@ def _too_small(plan: str, problem: Problem, available: int) -> str:
 
 
 def _sized(name: str, problem: Problem, available: int) -> Plan | None:
-    """The sizes of a plan of the least cost within `available` bytes, of a smallest tile where nothing fits.
+    """The sizes of a plan within `available` bytes that cost the least of those looked at: chunks of all rows
+    and of fewer, with tiles as wide as fit beside them. A smallest tile where nothing fits.
 
     None where complete rows of not one item fit.
     """
-    rows = max(1, min(problem.rows, _most_rows(problem)))
-    if name in COMPLETE:
-        # rows that leave room for a narrow tile, or fewer and a wider one
-        some = {_chunk_rows(problem, name, available, width * _least_cols(problem)) for width in (1, 4)} - {0}
-    else:
-        some = {max(rows >> halved, min(rows, MIN_ROWS)) for halved in range(rows.bit_length())}
-    best = None
-    for few in sorted(some, reverse=True):
-        plan = _tiled(name, problem, few, available)
-        if best is not None and plan is not None and problem.cost(plan) >= problem.cost(best):
-            break  # and fewer rows cost yet more
-        best = plan or best
+    best, worse = None, 0
+    for rows in _row_counts(name, problem, available):
+        plans = [_tiled(name, problem, rows, available, apart) for apart in _ways(name, problem, rows)]
+        found = min((plan for plan in plans if plan is not None), key=problem.cost, default=None)
+        if found is None:
+            continue
+        if best is None or problem.cost(found) < problem.cost(best):
+            best, worse = found, 0
+            continue
+        worse += 1
+        if worse == 2 or best.cols >= _cols(problem, best.rows):
+            break  # the least cost is behind; at once where memory did not narrow the best tile
     if best is None and name not in COMPLETE:
-        least = min(rows, MIN_ROWS)
-        best = Plan(name, least, _least_cols(problem), _is_apart(name, problem, least, available))
+        least = min(max(problem.rows, 1), MIN_ROWS)
+        ways = [Plan(name, least, _least_cols(problem), apart) for apart in _ways(name, problem, least)]
+        return min(ways, key=lambda plan: problem.bytes(name, plan.rows, plan.cols, plan.apart))
     return best
 
 
-def _tiled(name: str, problem: Problem, rows: int, available: int) -> Plan | None:
-    """The plan with chunks of at most `rows` and tiles as wide as fit; None where not the narrowest does."""
-    if name != "window":  # even chunks: a short last one wastes a pass over the weight
-        rows = max(1, -(-problem.rows // max(1, -(-problem.rows // rows))))
-    apart, most = _is_apart(name, problem, rows, available), _cols(problem, rows)
+def _row_counts(name: str, problem: Problem, available: int) -> list[int]:
+    """The rows that a chunk may have, the most first; in plans with complete rows none that do not fit."""
+    rows = max(1, min(problem.rows, _most_rows(problem)))
+    if name not in COMPLETE:
+        some = {max(rows >> halved, min(rows, MIN_ROWS)) for halved in range(rows.bit_length())}
+    else:  # beside tiles of several widths
+        widths = (_least_cols(problem) << steps for steps in (0, 2, 4, 6))
+        some = {_chunk_rows(problem, name, available, cols) for cols in widths} - {0}
+    if name == "window":
+        some = {_filled(problem, each) for each in some}
+    else:  # even chunks: a short last one wastes a pass over the weight
+        some = {max(1, -(-problem.rows // max(1, -(-problem.rows // each)))) for each in some}
+    return sorted(some, reverse=True)
+
+
+def _filled(problem: Problem, rows: int) -> int:
+    """The tokens of the fullest chunk, where chunks are of whole items and of at most so many rows."""
+    fullest = filled = 0
+    for size in problem.sizes:
+        filled = filled + size if filled + size <= rows else size
+        fullest = max(fullest, filled if filled <= rows else 0)
+    return fullest or rows
+
+
+def _ways(name: str, problem: Problem, rows: int) -> tuple[bool, ...]:
+    """Whether dhidden may be formed apart, by one more pass, and not wait for the last slice of dweight."""
+    waits = name == "recompute" and rows < problem.rows and problem.waiting > 0
+    return (False, True) if waits else (False,)
+
+
+def _tiled(name: str, problem: Problem, rows: int, available: int, apart: bool) -> Plan | None:
+    """The plan with tiles as wide as fit; None where not the narrowest does."""
+    most = _cols(problem, rows)
 
     def fits(steps: int) -> bool:  # rows of a tile begin aligned
         return problem.bytes(name, rows, min(steps * MIN_COLS, most), apart) <= available
@@ -402,11 +432,6 @@ def _tiled(name: str, problem: Problem, rows: int, available: int) -> Plan | Non
             return None
         steps = _most(1, steps, fits)
     return Plan(name, rows, min(steps * MIN_COLS, most), apart)
-
-
-def _is_apart(name: str, problem: Problem, rows: int, available: int) -> bool:
-    """Whether one more pass costs less than the small tiles beside all of dhidden, waiting for dweight."""
-    return name == "recompute" and rows < problem.rows and problem.waiting > available // 2
 
 
 def _chunk_rows(problem: Problem, plan: str, available: int, cols: int) -> int:
