@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 import traceback
@@ -36,12 +37,17 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def find(name: str, device: str) -> Provider:
-    """A provider by its full name, its workspace included."""
+    """A provider by its full name, its workspace and tiles included."""
+    sized = re.fullmatch(r"(.*?)(?:,(\d+)MiB)?(?:,(\d+)rows x (\d+)MiB)?(\]?)", name)
+    assert sized is not None  # it matches anything
+    plain = sized[1] + sized[5]
     for provider in providers(device):
-        if provider.name == name:
+        if provider.name == plain:
+            if isinstance(provider, Ours) and sized[2]:
+                provider = provider.with_workspace(int(sized[2]))
+            if isinstance(provider, Ours) and sized[3]:
+                provider = provider.with_tile((int(sized[3]), int(sized[4])))
             return provider
-        if isinstance(provider, Ours) and name.startswith(provider.name[:-1] + ",") and name.endswith("MiB]"):
-            return provider.with_workspace(int(name.rsplit(",", 1)[1][: -len("MiB]")]))
     raise ValueError(f"There is no provider {name!r}.")
 
 
@@ -99,6 +105,9 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     """
     whole, found = SUITES[args.suite], []
     if args.shape and whole.parts:
+        heads = sorted({part.cases[0].shape for part in whole.parts})
+        if args.shape not in heads:
+            raise ValueError(f"The suite {args.suite!r} has the heads {heads}; got --shape {args.shape}.")
         whole = whole.of_shape(args.shape)
     for suite in whole.parts or (whole,):
         workspaces = [args.workspace_mib] if args.workspace_mib else suite.workspaces

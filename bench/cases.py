@@ -314,40 +314,54 @@ def _held(case: Case, backends: tuple[str, ...]) -> Iterator[Suite]:
 
 def _against(case: Case, rivals: tuple[str, ...]) -> Iterator[Suite]:
     """Peers at the same work; what this package takes by itself, with more memory and with less."""
+    less = {"score": ("fused_align[triton,fused]",), "frozen": _by(backends.KERNELS, "recompute")}
     for mode in PROMISED:
         part = replace(case, mode=mode)
-        mib = (None,) if mode in ("score", "frozen") else (6144, 1024, 64)
-        yield Suite(f"{part.label}, and peers", (part,), ("fused_align[auto,auto]", *rivals), mib)
+        mib = (None, 64, 16) if mode in less else (6144, 1024, 64)
+        own = ("fused_align[auto,auto]", *less.get(mode, ()))
+        yield Suite(f"{part.label}, and peers", (part,), (*own, *rivals), mib)
+
+
+def _dead(case: Case) -> Iterator[Suite]:
+    """Half of the coefficients zero, by advantages and by Humanline."""
+    for mode, by in (("grpo", "sequences"), ("trainable", "sequences"), ("dpo", "humanline"),
+                     ("kto", "humanline"), ("grpo", "humanline")):  # fmt: skip
+        part = replace(case, mode=mode, dead=0.5, dead_by=by)
+        plan, mib, _ = PROMISED[mode]
+        yield Suite(part.label, (part,), (*_by(backends.KERNELS, plan), *RIVALS), (mib,))
 
 
 def _gpu() -> Iterator[Suite]:
     """What is promised first, then peers, zero coefficients, masks, peaked logits: of each head."""
-    kernels = backends.KERNELS
     for case in HEADS:
-        yield from _held(case, (*kernels, "torch"))
+        yield from _held(case, (*backends.KERNELS, "torch"))
         yield from _against(case, (*RIVALS, *SLOW_TO_START))
-        for mode, by in (("grpo", "sequences"), ("trainable", "sequences"), ("dpo", "humanline"),
-                         ("kto", "humanline"), ("grpo", "humanline")):  # fmt: skip
-            part = replace(case, mode=mode, dead=0.5, dead_by=by)
-            plan, mib, _ = PROMISED[mode]
-            yield Suite(part.label, (part,), (*_by(kernels, plan), "eager"), (mib,))
+        yield from _dead(case)
         for live in (0.5, 0.25):
             yield from _against(replace(case, live=live), RIVALS)
-        yield from _held(replace(case, logits="peaked"), kernels)
+        yield from _held(replace(case, logits="peaked"), backends.KERNELS)
 
 
 def _tune() -> Iterator[Suite]:
-    """Sizes of tiles around what a cache holds, then budgets, for the planner's constants."""
-    tiles = (None, *((rows, mib) for rows in (8192, 4096, 2048) for mib in (128, 64, 32, 16)))
+    """For the planner's constants: tiles around what a cache holds, chunks, plans, budgets."""
+    small = (128, 64, 32, 16)
+    tiles = (
+        None,
+        *((8192, mib) for mib in small[1:]),
+        *((rows, mib) for rows in (4096, 2048) for mib in small),
+    )
     budgets = (768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288)
     for case in HEADS:
-        for mode, (plan, mib, _) in PROMISED.items():
-            if mode in ("score", "frozen", "grpo", "trainable"):
-                part = replace(case, mode=mode)
-                yield Suite(f"{part.label}, tiles", (part,), _by(backends.KERNELS, plan), (mib,), tiles)
-        for mode in ("grpo", "dpo"):
+        for mode in ("score", "frozen", "trainable", "grpo"):
+            part, (plan, mib, _) = replace(case, mode=mode), PROMISED[mode]
+            # the chunks of single are its tiles' rows: other rows are another number of sums of dweight
+            sizes = tiles[:4] if plan == "single" else tiles
+            yield Suite(f"{part.label}, tiles", (part,), _by(backends.KERNELS, plan), (mib,), sizes)
+        for mode, plan in (("grpo", "single"), ("dpo", "window")):
             part = replace(case, mode=mode)
-            yield Suite(f"{part.label}, budgets", (part,), ("fused_align[auto,auto]",), budgets)
+            own = ("fused_align[auto,auto]", *_by(backends.KERNELS, plan, "recompute"))
+            yield Suite(f"{part.label}, plans", (part,), own, (1024, 6144))
+            yield Suite(f"{part.label}, budgets", (part,), ("fused_align[auto,auto]",), (None, *budgets))
 
 
 SUITES = {

@@ -17,7 +17,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -40,8 +39,13 @@ RESULTS = Path(__file__).parent / "results" / "steps.jsonl"
 LIMITS = (24.0, 80.0, 141.0)  # GB, 1e9 bytes: of common cards
 HEADROOM = 2**29  # bytes of the whole device that torch's allocator leaves to kernels and libraries
 MOST_HELD = 2**29  # bytes that may stay allocated when a run is over: the workspaces of cuBLAS
+SCORED = 2  # rows at a time under the reference, which must not take more memory than a step
 WARM_UP = 2  # steps: the first of them compiles, and allocates the optimizer's state
 SEED = 0
+NO_MEMORY = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)  # what others than torch's allocator say
 WAYS = {
     "fused_align": Provider("fused_align", "fused-align", ours=True),
     "eager": Provider("eager", "torch"),
@@ -158,7 +162,8 @@ def trainer_kind(task: Task) -> tuple[type, type, dict[str, Any]]:
     if task.way == "trl" and task.loss == "sft":
         return load("trl").SFTTrainer, load("trl").SFTConfig, {}
     if task.way == "trl":
-        return load("trl").DPOTrainer, load("trl").DPOConfig, {"precompute_ref_log_probs": True}
+        scored = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": SCORED}
+        return load("trl").DPOTrainer, load("trl").DPOConfig, scored
     from fused_align.train import AlignConfig, AlignTrainer
 
     class EagerTrainer(AlignTrainer):
@@ -193,7 +198,7 @@ def make_trainer(task: Task, rows: int, steps: int, folder: str, **settings: Any
     arguments = own | {
         "output_dir": folder, "seed": SEED, "max_steps": steps, "use_cpu": task.device == "cpu",
         "per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, "max_length": None,
-        "per_device_eval_batch_size": min(rows, 8),  # scoring the reference must not take more than a step
+        "per_device_eval_batch_size": SCORED,
         "learning_rate": 1e-8,  # GRPO's ratios stay inside its clip, so that no token is left out
         "optim": "adamw_torch_fused" if task.device == "cuda" else "adamw_torch",
         "lr_scheduler_type": "constant", "bf16": False,  # the weights are in the training dtype: no autocast
@@ -288,8 +293,11 @@ def attempt(task: Task, rows: int, warm_up: int, rounds: int, deadline: float = 
     """As `train`, which starts from released memory and leaves it so; None where memory does not suffice."""
     release(task.device)  # another way may have failed
     found = None
-    with suppress(torch.OutOfMemoryError):
+    try:
         found = train(task, rows, warm_up, rounds, deadline)
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)):
+            raise
     release(task.device)  # when the error is gone: its traceback holds tensors
     return found
 

@@ -7,7 +7,6 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ import kernels as kernel_tests  # of tests/
 from fused_align import backends
 from fused_align.backends import torch_
 
-from . import kernel_works, kernels, measure, providers, reference, report, verdicts
+from . import kernel_works, kernels, measure, providers, reference, report
 from .cases import MODES, SUITES, Case, Inputs, make_inputs, without_reference
 from .providers import Call, Ours, Provider
 
@@ -368,117 +367,6 @@ def test_what_kernels_are_to_reach_is_counted() -> None:
     ]
 
 
-def test_the_fastest_backend_of_each_case_is_named() -> None:
-    found = list(verdicts.fastest([
-        row_of("fused_align[triton,score]", "score", seconds=0.2),
-        row_of("fused_align[triton,fused]", "score", seconds=0.08),
-        row_of("fused_align[cuda,score]", "score", seconds=0.1),
-        row_of("fused_align[torch,score]", "score", seconds=0.3),
-        row_of("fused_align[cuda,window,6144MiB]", "dpo", seconds=0.3),
-        row_of("fused_align[triton,window,6144MiB]", "dpo", seconds=0.15),
-        row_of("eager", "dpo", seconds=0.01), row_of("fused_align[cuda,single]", seconds=0.1),
-        row_of("fused_align[auto,auto]", "dpo", seconds=0.01),
-        row_of("fused_align[cuda,window,bf16]", "dpo", seconds=0.01),
-    ]))  # fmt: skip
-    setting = report.setting(row_of())
-    assert found == [
-        f"fastest: triton 80 ms (fused); cuda 1.250 (score); torch 3.750 (score): score, {setting}",
-        f"fastest: triton 150 ms (window,6144MiB); cuda 2.000 (window,6144MiB): dpo, {setting}",
-        "cuda takes 1.000 of triton's time, the geometric mean of 2; longer in 1: "
-        f"window,6144MiB: dpo, {setting} (2.00)",
-    ]
-
-
-def lines_of(part: str, *rows: dict) -> list[str]:
-    """The verdicts on these rows that begin like this."""
-    return [line for line in verdicts.verdicts(list(rows)) if line.startswith(part)]
-
-
-def test_bounds_are_held_against_the_bare_products() -> None:
-    found = [row_of("fused_align[cuda,score]", "score", bound=1.08, ratio_live=x) for x in (1.07, 1.09)]
-    failed = row_of("fused_align[cuda,score]", "score", bound=1.08, failed="it is off")
-    what = f"fused_align[cuda,score], score, {report.setting(row_of())}"
-    assert lines_of("1.", *found, failed) == [
-        f"1.070 <= 1.08 holds: {what}", f"1.090 <= 1.08 does NOT hold: {what}"
-    ]  # fmt: skip
-
-
-def test_skipping_is_held_against_the_same_without_zeros() -> None:
-    half: Any = {"dead": 0.5, "dead_by": "humanline"}
-    rows = [
-        row_of("fused_align[cuda,window]", "dpo", seconds=0.3),
-        row_of("fused_align[cuda,window]", "dpo", seconds=0.2, **half),
-        row_of("fused_align[triton,window]", "dpo", seconds=0.3),
-        row_of("fused_align[triton,window]", "dpo", seconds=0.25, **half),
-        row_of("eager", "dpo", seconds=0.3), row_of("eager", "dpo", seconds=0.3, **half),
-        row_of("fused_align[cuda,jacobian]", "frozen", seconds=0.3, passes=2),
-        row_of("fused_align[cuda,jacobian]", "frozen", seconds=0.3, passes=2, dead=0.5),
-        row_of("fused_align[torch,window]", "dpo", seconds=0.2, **half),
-    ]  # fmt: skip
-    setting = f"dpo, {report.setting(row_of(**half))}"
-    assert [line for line in verdicts.verdicts(rows) if ">=" in line] == [
-        f"1.50 >= 1.4 holds, times as fast as with none zero: fused_align[cuda,window], {setting}",
-        f"1.20 >= 1.4 does NOT hold, times as fast as with none zero: fused_align[triton,window], {setting}",
-    ]
-
-
-def test_a_peer_is_beaten_in_time_within_its_memory() -> None:
-    rows = [
-        row_of("fused_align[cuda,single,6144MiB]", seconds=0.1, peak_extra_bytes=6 << 30),
-        row_of("fused_align[cuda,recompute,1024MiB]", seconds=0.15, peak_extra_bytes=1 << 30),
-        row_of("fused_align[auto,auto,bf16]", seconds=0.01, peak_extra_bytes=0),
-        row_of("trl", seconds=0.2, peak_extra_bytes=2 << 30),
-        row_of("quack", seconds=0.12, peak_extra_bytes=2 << 30),
-        row_of("cce", seconds=0.3, peak_extra_bytes=1 << 20),
-        row_of("unknown", seconds=0.01, peak_extra_bytes=None),
-    ]
-    of = f"sft, {report.setting(row_of())}"
-    assert lines_of("faster than a peer", *rows) == [
-        "faster than a peer at no more memory does NOT hold for "
-        f"quack (1.25 of its time within its 2048 MiB); cce (nothing is within its 1 MiB): {of}"
-    ]
-    assert lines_of("faster than a peer", *rows[:4]) == [
-        f"faster than a peer at no more memory holds for all 1: {of}"
-    ]
-
-
-def test_what_the_planner_takes_is_held_against_what_it_could() -> None:
-    own: Any = {"workspace_mib": 1024}
-    rows = [
-        row_of("fused_align[auto,auto,1024MiB]", seconds=0.2, **own),
-        row_of("fused_align[cuda,single,1024MiB]", seconds=0.1, **own),
-        row_of("fused_align[cuda,single]", seconds=0.01, workspace_mib=None),
-        row_of("fused_align[auto,auto]", "dpo", seconds=0.1, workspace_mib=None),
-        row_of("fused_align[triton,window]", "dpo", seconds=0.1, workspace_mib=None),
-    ]
-    (line,) = lines_of("auto, against", *rows)
-    assert line.startswith(
-        "auto, against the fastest plan by name in 2 cases: longer in 1: fused_align[auto,"
-    )
-    assert line.endswith("fused_align[cuda,single,1024MiB] (2.00)")
-
-
-def test_tiles_and_workspaces_are_compared() -> None:
-    tiled: Any = {"tile": [4096, 32], "workspace_mib": None}
-    rows = [
-        row_of("fused_align[cuda,score]", "score", seconds=0.2, workspace_mib=None),
-        row_of("fused_align[cuda,score,4096rows x 32MiB]", "score", seconds=0.1, **tiled),
-        row_of(
-            "fused_align[cuda,score,4096rows x 16MiB]", "score", seconds=0.3, **{**tiled, "tile": [4096, 16]}
-        ),
-    ]
-    setting = report.setting(row_of())
-    assert lines_of("tiles of", *rows) == [
-        f"tiles of 4096 rows and 32 MiB take 0.500 of the time: fused_align[cuda,score], score, {setting}"
-    ]
-    rows = [
-        row_of(f"fused_align[auto,auto,{mib}MiB]", seconds=seconds, workspace_mib=mib)
-        for mib, seconds in ((4096, 0.1), (1024, 0.2), (2048, 0.11))
-    ]
-    (line,) = lines_of("workspaces", *rows)
-    assert "over the least: 1024: 2.000, 2048: 1.100, 4096: 1.000: sft" in line
-
-
 def test_tiles_of_a_given_size_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     from fused_align.linear import ops
 
@@ -636,6 +524,24 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
     assert path.stat().st_size > 10_000
     with pytest.raises(ValueError, match="nothing to plot"):
         report.plot([row_of(peak_extra_bytes=None)], path)
+
+
+def test_a_provider_is_found_by_its_full_name() -> None:
+    from .__main__ import find
+
+    own = ALL["fused_align[torch,score]"]
+    assert isinstance(own, Ours)
+    for one in (
+        own,
+        own.with_workspace(64),
+        own.with_tile((64, 1)),
+        own.with_workspace(64).with_tile((64, 1)),
+    ):
+        assert find(one.name, "cpu") == one
+    for name in ("eager", "liger[compiled=False]", "fused_align[auto,auto,bf16]"):
+        assert find(name, "cpu") == ALL[name]
+    with pytest.raises(ValueError, match="no provider 'other'"):
+        find("other", "cpu")
 
 
 @pytest.mark.skipif(

@@ -16,14 +16,15 @@ OWN = re.compile(r"fused_align\[(\w+),(.*)\]")
 
 
 def verdicts(rows: list[Row]) -> list[str]:
-    """A line for each: bounds, zero coefficients, peers, backends, the planner's choice, tiles, budgets."""
+    """A line for each: bounds, accuracy, zero coefficients, peers, backends, the planner's choice, tiles,
+    budgets."""
     done = [row for row in rows if "seconds" in row and "failed" not in row]
-    parts = (_bounds, _skipping, _peers, fastest, _chosen, _tiles, _budgets)
+    parts = (_bounds, _accuracy, _skipping, _peers, fastest, _chosen, _tiles, _budgets)
     return [line for part in parts for line in part(done)]
 
 
 def _of(row: Row) -> str:
-    return f"{row['mode']}, {setting(row)}"
+    return f"{row['mode']}, {setting(row)}, {row['device']}"
 
 
 def _what(row: Row) -> str:
@@ -31,7 +32,7 @@ def _what(row: Row) -> str:
 
 
 def _case(row: Row) -> tuple:
-    return tuple(row[name] for name in CASE)
+    return (*(row[name] for name in CASE), row["device"])
 
 
 def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> Iterator[list[Row]]:
@@ -59,40 +60,64 @@ def _named(rows: Iterable[Row]) -> list[Row]:
 
 
 def _bounds(rows: list[Row]) -> Iterator[str]:
-    for row in rows:
-        if row.get("bound") and "ratio_live" in row:
-            verdict = "holds" if holds(row) else "does NOT hold"
-            yield f"{row['ratio_live']:.3f} <= {row['bound']:g} {verdict}: {_what(row)}"
+    """Whether the best of those that a ratio was promised of holds it, and what the others have."""
+    promised = (row for row in rows if row.get("bound") and "ratio_live" in row)
+    for group in _grouped(promised, lambda row: (_case(row), row["bound"])):
+        best, *others = sorted(group, key=lambda row: row["ratio_live"])
+        verdict = "holds" if holds(best) else "does NOT hold"
+        rest = "".join(f"; {row['ratio_live']:.3f} {row['provider']}" for row in others)
+        yield f"{best['ratio_live']:.3f} <= {best['bound']:g} {verdict}: {_what(best)}{rest}"
+
+
+def _accuracy(rows: list[Row]) -> Iterator[str]:
+    """The largest errors of this package; each row was below the limits of `measure.limits` to be timed."""
+    for group in _grouped((row for row in rows if _own(row)), lambda row: (row["dtype"], row["device"])):
+        names = ("error_value", "error_dhidden", "error_dweight")
+        worst = {name: max((row[name] for row in group if name in row), default=0.0) for name in names}
+        found = ", ".join(f"{name.removeprefix('error_')} {error:.1e}" for name, error in worst.items())
+        yield f"largest errors against float64: {found}: {group[0]['dtype']}, {group[0]['device']}"
 
 
 def _skipping(rows: list[Row]) -> Iterator[str]:
     """How much faster gradients with a trainable head are where half of the coefficients are zero."""
     plain = {(_case(row), row["provider"]): row["seconds"] for row in rows if not row["dead"]}
     for row in rows:
+        if row["dead"] != 0.5 or _own(row) is None or "error_dweight" not in row:
+            continue  # with a frozen head it can be no more than 2 : 1.5
         same = _case({**row, "dead": 0.0, "dead_by": "sequences"}), row["provider"]
-        if row["dead"] != 0.5 or _own(row) is None or row["passes"] < 3 or same not in plain:
-            continue
-        times = plain[same] / row["seconds"]
-        verdict = "holds" if times >= SKIPPING else "does NOT hold"
-        yield f"{times:.2f} >= {SKIPPING:g} {verdict}, times as fast as with none zero: {_what(row)}"
+        if same in plain:
+            times = plain[same] / row["seconds"]
+            verdict = "holds" if times >= SKIPPING else "does NOT hold"
+            yield f"{times:.2f} >= {SKIPPING:g} {verdict}, times as fast as with none zero: {_what(row)}"
 
 
 def _peers(rows: list[Row]) -> Iterator[str]:
-    """Whether something of this package is faster than each peer and takes no more memory than that one."""
-    for group in _grouped((row for row in rows if row.get("peak_extra_bytes") is not None), _case):
+    """Whether something of this package is faster than each peer and takes no more memory than that one.
+
+    Of a peer that is not beaten the note is given: it may do less, or less exactly.
+    """
+    for group in _grouped(rows, _case):
         own = [row for row in group if _own(row) and not row.get("tile")]
         peers = [row for row in group if OWN.fullmatch(str(row["provider"])) is None]
         if not own or not peers:
             continue
-        lost = []
+        won, lost, left = 0, [], []
         for peer in peers:
-            room = peer["peak_extra_bytes"]
-            within = [row["seconds"] for row in own if row["peak_extra_bytes"] <= room]
+            room = peer.get("peak_extra_bytes")
+            known = [row for row in own if row.get("peak_extra_bytes") is not None]
+            if room is None or not known:
+                left.append(str(peer["provider"]))
+                continue
+            within = [row["seconds"] for row in known if row["peak_extra_bytes"] <= room]
             times = min(within) / peer["seconds"] if within else math.inf
-            much = f"{times:.2f} of its time" if within else "nothing is"
-            lost += [f"{peer['provider']} ({much} within its {room / MIB:.0f} MiB)"] * (times >= 1)
-        verdict = f"does NOT hold for {'; '.join(lost)}" if lost else f"holds for all {len(peers)}"
-        yield f"faster than a peer at no more memory {verdict}: {_of(group[0])}"
+            won += times < 1
+            if times >= 1:
+                much = f"{times:.2f} of its time" if within else "nothing is"
+                note = f"; {peer['note']}" if peer.get("note") else ""
+                lost.append(f"{peer['provider']} ({much} within its {room / MIB:.0f} MiB{note})")
+        parts = [f"does NOT hold for {', '.join(lost)}"] * bool(lost) + [f"holds for {won}"] * bool(won)
+        parts += [f"memory was not measured of {', '.join(left)}, or not here"] * bool(left)
+        yield f"faster than a peer at no more memory {'; '.join(parts)}: {_of(group[0])}"
 
 
 # ---- what the package should take by itself -------------------------------------------------------------
@@ -164,11 +189,13 @@ def _tiles(rows: list[Row]) -> Iterator[str]:
 
 
 def _budgets(rows: list[Row]) -> Iterator[str]:
-    """What "auto" takes in each workspace, as multiples of the fastest."""
-    given = [row for row in rows if (own := _own(row)) and own[0] == "auto" and row.get("workspace_mib")]
+    """What "auto" takes in each workspace, as multiples of the fastest; 0: in the one it takes by itself."""
+    given = [
+        row for row in rows if (own := _own(row)) and own[0] == own[1][0] == "auto" and not row.get("tile")
+    ]
     for group in _grouped(given, _case):
-        seconds = {row["workspace_mib"]: row["seconds"] for row in group}
+        seconds = {row.get("workspace_mib") or 0: row["seconds"] for row in group}
         best = min(seconds.values())
-        if len(seconds) > 2:
+        if len(seconds) > 3:
             each = ", ".join(f"{mib}: {seconds[mib] / best:.3f}" for mib in sorted(seconds))
             yield f"workspaces in MiB, and their times over the least: {each}: {_of(group[0])}"
