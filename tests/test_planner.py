@@ -156,6 +156,9 @@ def test_a_windows_chunk_is_as_large_as_its_pairs_fill_it():
     sizes = (300,) * 20
     found = choose(problem(6000, 1024, 50_000, coupling="pair", sizes=sizes), "window", 400 * MIB)
     assert found.rows % 300 == 0 and found.rows < 6000
+    # pieces of pairs that are too large fill theirs
+    mixed = problem(6040, 1024, 50_000, coupling="pair", sizes=(3000, 40, 3000))
+    assert choose(mixed, "window", 300 * MIB).rows > 500
 
 
 @pytest.mark.parametrize("rows", [107, 1000, 4096])

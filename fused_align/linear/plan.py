@@ -405,11 +405,14 @@ def _row_counts(name: str, problem: Problem, available: int) -> list[int]:
 
 
 def _filled(problem: Problem, rows: int) -> int:
-    """The tokens of the fullest chunk, where chunks are of whole items and of at most so many rows."""
+    """The tokens of the fullest chunk, where chunks are of whole items and of at most so many rows.
+
+    (An item that is larger is walked in pieces, and these fill their chunks.)
+    """
     fullest = filled = 0
-    for size in problem.sizes:
+    for size in problem.sizes if not problem.spilled(rows) else ():
         filled = filled + size if filled + size <= rows else size
-        fullest = max(fullest, filled if filled <= rows else 0)
+        fullest = max(fullest, filled)
     return fullest or rows
 
 
