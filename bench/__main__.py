@@ -26,7 +26,7 @@ from .cases import DEAD_BY, DTYPES, MODES, SHAPES, SUITES, Case, Suite
 from .measure import MIN_ROUNDS, Settings, peak_here, providers, run_case
 from .providers import Ours, Provider
 from .reference import SEQUENCE
-from .verdicts import verdicts
+from .verdicts import failures, verdicts
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,16 +38,13 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 def find(name: str, device: str) -> Provider:
     """A provider by its full name, its workspace and tiles included."""
-    sized = re.fullmatch(r"(.*?)(?:,(\d+)MiB)?(?:,(\d+)rows x (\d+)MiB)?(\]?)", name)
-    assert sized is not None  # it matches anything
-    plain = sized[1] + sized[5]
+    sized = re.fullmatch(r"(.*?)(?:,(\d+)MiB)?(?:,(\d+)rows x (\d+)MiB)?\]", name)
     for provider in providers(device):
-        if provider.name == plain:
-            if isinstance(provider, Ours) and sized[2]:
-                provider = provider.with_workspace(int(sized[2]))
-            if isinstance(provider, Ours) and sized[3]:
-                provider = provider.with_tile((int(sized[3]), int(sized[4])))
+        if provider.name == name:
             return provider
+        if isinstance(provider, Ours) and sized and provider.name == f"{sized[1]}]":
+            provider = provider.with_workspace(int(sized[2])) if sized[2] else provider
+            return provider.with_tile((int(sized[3]), int(sized[4]))) if sized[3] else provider
     raise ValueError(f"There is no provider {name!r}.")
 
 
@@ -147,7 +144,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     # under a limit a call of a hundredth of it is not worth repeating
     longest = min(args.max_seconds, 0.6 * limited) if limited else args.max_seconds
     settings = Settings(args.device, rounds, not args.no_memory, longest, deadline=deadline)
-    failures, found, left = [], [], []
+    broken, found, left = [], [], []
     for index, job in enumerate(todo, 1):
         now, title = time.monotonic(), f"{index} of {len(todo)}: {job.case.label}"
         if now + 0.02 * 60 * limited > deadline:
@@ -158,17 +155,18 @@ def run(args: argparse.Namespace, console: Console) -> int:
             with console.status(title):
                 rows = run_case(job.case, job.using, replace(settings, share=share), say)
         except Exception:  # of the benchmark itself: the next case may do
-            failures.append(f"{job.case.label}: {traceback.format_exc()}")
+            broken.append(f"{job.case.label}: {traceback.format_exc()}")
             continue
         for row in rows:
             row |= {"bound": job.bound} if job.promised(row) else {}
         report.append(out, rows)
         found += rows
-        failures += _own_failures(job, rows)
+        broken += _absent(job, rows)
         console.print(table(title, rows))
-    _conclude(console, found, failures, [f"{job.case.label}: {', '.join(_names(job))}" for job in left])
+    _conclude(console, found, broken, [f"{job.case.label}: {', '.join(_names(job))}" for job in left])
     console.print(f"{time.monotonic() - begin:.0f} s. Rows are in {out}.", markup=False)
-    return 1 if failures else 0
+    own = any("failed" in row and str(row["provider"]).startswith("fused_align") for row in found)
+    return 1 if broken or own else 0
 
 
 def run_kernels(args: argparse.Namespace, console: Console, out: Path, rounds: int, deadline: float) -> int:
@@ -203,24 +201,17 @@ def _names(job: Job) -> list[str]:
     return [p.name for p in job.using if "does not serve" not in (p.supports(job.case, "cpu") or "")]
 
 
-def _own_failures(job: Job, rows: list[report.Row]) -> list[str]:
-    """Sentences about this package's plans that failed, or were promised and could not serve."""
+def _absent(job: Job, rows: list[report.Row]) -> list[str]:
+    """Sentences about this package's plans that were promised and could not serve."""
     own = {provider.name for provider in job.using if provider.ours}
-    bad = [
-        f"{row['provider']}, {job.case.label}: {row['failed']}"
-        for row in rows
-        if "failed" in row and row["provider"] in own
-    ]
     absent = set(_names(job)) & own - {row["provider"] for row in rows} if job.bound else set()
-    return bad + [f"{name}, {job.case.label}: it was promised, and has no row" for name in sorted(absent)]
+    return [f"{name}, {job.case.label}: it was promised, and has no row" for name in sorted(absent)]
 
 
-def _conclude(console: Console, rows: list[report.Row], failures: list[str], left: list[str]) -> None:
+def _conclude(console: Console, rows: list[report.Row], broken: list[str], left: list[str]) -> None:
     """What the rows say, what failed, what there was no time for."""
-    lines = verdicts(rows)
-    failed = [row for row in rows if "failed" in row and not str(row["provider"]).startswith("fused_align")]
-    peers = [f"{row['provider']}, {row['mode']}: {row['failed']}" for row in failed]
-    lines += [f"failed: {text}" for text in [*failures, *peers]]
+    lines = verdicts(rows) + failures(rows)
+    lines += [f"failed: {text}" for text in broken]
     lines += [f"not run, the time was up: {text}" for text in left]
     _print(console, lines)
 
@@ -239,7 +230,8 @@ def step(args: argparse.Namespace, console: Console) -> int:
 
 
 def check(args: argparse.Namespace, console: Console) -> int:
-    _print(console, verdicts(report.latest(_wanted(args))))
+    rows = report.latest(_wanted(args))
+    _print(console, verdicts(rows) + failures(rows))
     return 0
 
 

@@ -244,7 +244,7 @@ class Suite:
     """Cases, the providers they are for (globs), and for this package's the workspaces (MiB) and the sizes of
     tiles (most rows, MiB). None: its own.
 
-    bound: the ratio to the bare GEMMs that this package's backends of kernels are to stay within on a GPU.
+    bound: the ratio to the bare GEMMs that this package's best backend of kernels is to keep on a GPU.
     parts: suites that this one consists of, the most important first. minutes: what it may take; 0: any.
     """
 

@@ -242,7 +242,9 @@ def test_what_is_still_held_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
 # ---- running out of memory ------------------------------------------------------------------------------
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, error: type[Exception] | None) -> list[weakref.ref]:
+def watched(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception] | None, said: str = "made up"
+) -> list[weakref.ref]:
     """References to the model, one per step of the package's trainer, whose second raises the error."""
     from fused_align.train import AlignTrainer
 
@@ -253,7 +255,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, error: type[Exception] | None) -> l
         models.append(weakref.ref(model))
         held = inner(self, model, *args, **kwargs)
         if len(models) == 2 and error is not None:
-            raise error("made up")  # a new one: its traceback holds the model
+            raise error(said)  # a new one: its traceback holds the model
         return held
 
     monkeypatch.setattr(AlignTrainer, "compute_loss", compute_loss)
@@ -279,6 +281,15 @@ def test_another_error_surfaces(monkeypatch: pytest.MonkeyPatch) -> None:
     watched(monkeypatch, RuntimeError)
     with pytest.raises(RuntimeError, match="made up"):
         steps.attempt(TINY, 1, warm_up=1, rounds=1)
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when"],
+)
+def test_others_say_it_otherwise(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched(monkeypatch, RuntimeError, said)
+    assert steps.attempt(TINY, 1, warm_up=1, rounds=1) is None
 
 
 # ---- the command ----------------------------------------------------------------------------------------

@@ -39,7 +39,11 @@ def test_bounds_are_held_by_the_best_of_what_was_promised() -> None:
         return row_of(f"fused_align[{backend},{mode}]", mode, bound=1.08, ratio_live=ratio, **changes)
 
     rows = [promised("cuda", 1.09), promised("triton", 1.07), promised("cuda", 1.2, "sft")]
-    found = lines_of("1.", *rows, promised("torch", 1.0, failed="it is off"))
+    off = promised("torch", 1.0, failed="it is off")
+    found = lines_of("1.", *rows, off)
+    assert verdicts.failures([*rows, off]) == [
+        f"failed: fused_align[torch,score], score, {report.setting(off)}, a CPU: it is off"
+    ]
     setting = f"{report.setting(row_of())}, a CPU"
     assert found == [
         f"1.070 <= 1.08 holds: fused_align[triton,score], score, {setting}; 1.090 fused_align[cuda,score]",
@@ -52,6 +56,8 @@ def test_the_largest_errors_are_named() -> None:
         row_of("fused_align[cuda,single]", error_value=3e-7, error_dweight=2e-6),
         row_of("fused_align[torch,single]", error_dhidden=5e-6), row_of("eager", error_value=1.0),
     ]  # fmt: skip
+    frozen = row_of("fused_align[torch,jacobian]", "frozen", dtype="bfloat16")
+    assert lines_of("largest errors", frozen)[0].endswith("value 1.0e-08, dhidden 3.0e-07: bfloat16, a CPU")
     assert lines_of("largest errors", *rows) == [
         "largest errors against float64: value 3.0e-07, dhidden 5.0e-06, dweight 2.0e-06: float32, a CPU"
     ]
@@ -91,16 +97,17 @@ def test_a_peer_is_beaten_in_time_within_its_memory() -> None:
     rows[4]["note"] = "it does less"
     elsewhere = row_of("trl", seconds=0.001, device="another")
     assert lines_of("faster than a peer", *rows, elsewhere) == [
-        "faster than a peer at no more memory does NOT hold for "
+        "faster than a peer at no more memory: does NOT hold for "
         "quack (1.25 of its time within its 2048 MiB; it does less), cce (nothing is within its 1 MiB); "
         f"holds for 1; memory was not measured of unknown, or not here: {of}"
     ]
     assert lines_of("faster than a peer", *rows[:4]) == [
-        f"faster than a peer at no more memory holds for 1: {of}"
+        f"faster than a peer at no more memory: holds for 1: {of}"
     ]
     unmeasured = {**rows[0], "peak_extra_bytes": None}
-    (line,) = lines_of("faster than a peer", unmeasured, rows[3])
-    assert "memory was not measured of trl, or not here" in line and "holds" not in line.replace("NOT", "")
+    assert lines_of("faster than a peer", unmeasured, rows[3]) == [
+        f"faster than a peer at no more memory: memory was not measured of trl, or not here: {of}"
+    ]
 
 
 def test_what_the_planner_takes_is_held_against_what_it_could() -> None:

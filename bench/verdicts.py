@@ -23,6 +23,11 @@ def verdicts(rows: list[Row]) -> list[str]:
     return [line for part in parts for line in part(done)]
 
 
+def failures(rows: list[Row]) -> list[str]:
+    """A line for each row of what could not be measured; a promise may be among them."""
+    return [f"failed: {_what(row)}: {row['failed']}" for row in rows if row.get("failed")]
+
+
 def _of(row: Row) -> str:
     return f"{row['mode']}, {setting(row)}, {row['device']}"
 
@@ -73,7 +78,8 @@ def _accuracy(rows: list[Row]) -> Iterator[str]:
     """The largest errors of this package; each row was below the limits of `measure.limits` to be timed."""
     for group in _grouped((row for row in rows if _own(row)), lambda row: (row["dtype"], row["device"])):
         names = ("error_value", "error_dhidden", "error_dweight")
-        worst = {name: max((row[name] for row in group if name in row), default=0.0) for name in names}
+        given = [name for name in names if any(name in row for row in group)]
+        worst = {name: max(row[name] for row in group if name in row) for name in given}
         found = ", ".join(f"{name.removeprefix('error_')} {error:.1e}" for name, error in worst.items())
         yield f"largest errors against float64: {found}: {group[0]['dtype']}, {group[0]['device']}"
 
@@ -117,7 +123,7 @@ def _peers(rows: list[Row]) -> Iterator[str]:
                 lost.append(f"{peer['provider']} ({much} within its {room / MIB:.0f} MiB{note})")
         parts = [f"does NOT hold for {', '.join(lost)}"] * bool(lost) + [f"holds for {won}"] * bool(won)
         parts += [f"memory was not measured of {', '.join(left)}, or not here"] * bool(left)
-        yield f"faster than a peer at no more memory {'; '.join(parts)}: {_of(group[0])}"
+        yield f"faster than a peer at no more memory: {'; '.join(parts)}: {_of(group[0])}"
 
 
 # ---- what the package should take by itself -------------------------------------------------------------
@@ -196,6 +202,6 @@ def _budgets(rows: list[Row]) -> Iterator[str]:
     for group in _grouped(given, _case):
         seconds = {row.get("workspace_mib") or 0: row["seconds"] for row in group}
         best = min(seconds.values())
-        if len(seconds) > 3:
+        if len(seconds) > 2:
             each = ", ".join(f"{mib}: {seconds[mib] / best:.3f}" for mib in sorted(seconds))
             yield f"workspaces in MiB, and their times over the least: {each}: {_of(group[0])}"

@@ -11,7 +11,7 @@ import torch
 from cases import generator, randn
 
 import fused_align as fa
-from fused_align.linear.plan import MIB, TILE_BYTES, Problem, choose
+from fused_align.linear.plan import MIB, TILE_BYTES, Plan, Problem, choose
 
 S, T, H, V = 8, 32, 64, 4096
 
@@ -165,10 +165,26 @@ def test_a_windows_chunk_is_as_large_as_its_pairs_fill_it():
 def test_more_memory_never_costs_more(rows: int):
     """Neither where dhidden begins to wait instead of being formed apart."""
     one = problem(rows, 4096, 128_256)
-    costs = [
-        one.cost(choose(one, "recompute", mib * MIB)) for mib in (12, 16, 24, 30, 31, 32, 40, 64, 128, 256)
-    ]
+    budgets = (12, 16, 24, 30, 31, 32, 40, 64, 128, 256)
+    found = [choose(one, "recompute", mib * MIB) for mib in budgets]
+    costs = [one.cost(plan) for plan in found]
     assert all(after <= before * 1.02 for before, after in itertools.pairwise(costs)), costs
+    assert {plan.apart for plan in found} == {False, True} or rows == 107
+
+
+@pytest.mark.parametrize("mib", [64, 256, 272])
+def test_the_cheapest_of_all_sizes_is_taken(mib: int):
+    """Of rows with dhidden apart, which may be many, and of fewer that let it wait."""
+    one = problem(16384, 3584, 152_064, "cpu")
+    found = choose(one, "recompute", mib * MIB)
+    every = [Plan("recompute", 16384 >> halved, cols, apart) for halved in range(1, 10)
+             for cols in range(256, 2049, 256) for apart in (False, True)]  # fmt: skip
+    fitting = [
+        plan for plan in every
+        if plan.rows <= 2048 and plan.rows * plan.cols <= 1 << 21
+        and one.bytes("recompute", plan.rows, plan.cols, plan.apart) <= mib * MIB
+    ]  # fmt: skip
+    assert one.cost(found) <= min(map(one.cost, fitting))
 
 
 @pytest.mark.parametrize("kind", ["cpu", "meta"])

@@ -19,6 +19,7 @@ for dhidden alone where that is too much. The result does not depend on the plan
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -370,23 +371,19 @@ def _sized(name: str, problem: Problem, available: int) -> Plan | None:
 
     None where complete rows of not one item fit.
     """
-    best, worse = None, 0
+    best, lowest = None, math.inf
     for rows in _row_counts(name, problem, available):
-        plans = [_tiled(name, problem, rows, available, apart) for apart in _ways(name, problem, rows)]
-        found = min((plan for plan in plans if plan is not None), key=problem.cost, default=None)
-        if found is None:
-            continue
-        if best is None or problem.cost(found) < problem.cost(best):
-            best, worse = found, 0
-            continue
-        worse += 1
-        if worse == 2 or best.cols >= _cols(problem, best.rows):
-            break  # the least cost is behind; at once where memory did not narrow the best tile
-    if best is None and name not in COMPLETE:
-        least = min(max(problem.rows, 1), MIN_ROWS)
-        ways = [Plan(name, least, _least_cols(problem), apart) for apart in _ways(name, problem, least)]
-        return min(ways, key=lambda plan: problem.bytes(name, plan.rows, plan.cols, plan.apart))
-    return best
+        for apart in _ways(name, problem, rows):
+            if problem.cost(Plan(name, rows, _cols(problem, rows), apart)) >= lowest:
+                continue  # were there memory enough for the widest tiles
+            plan = _tiled(name, problem, rows, available, apart)
+            if plan is not None and problem.cost(plan) < lowest:
+                best, lowest = plan, problem.cost(plan)
+    if best is not None or name in COMPLETE:
+        return best
+    least = min(max(problem.rows, 1), MIN_ROWS)
+    ways = [Plan(name, least, _least_cols(problem), apart) for apart in _ways(name, problem, least)]
+    return min(ways, key=lambda plan: problem.bytes(name, plan.rows, plan.cols, plan.apart))
 
 
 def _row_counts(name: str, problem: Problem, available: int) -> list[int]:
@@ -407,7 +404,7 @@ def _row_counts(name: str, problem: Problem, available: int) -> list[int]:
 def _filled(problem: Problem, rows: int) -> int:
     """The tokens of the fullest chunk, where chunks are of whole items and of at most so many rows.
 
-    (An item that is larger is walked in pieces, and these fill their chunks.)
+    All of them where an item is larger: it is walked in pieces of so many.
     """
     fullest = filled = 0
     for size in problem.sizes if not problem.spilled(rows) else ():
