@@ -396,3 +396,16 @@ def test_two_processes_keep_the_state_of_one(tmp_path: Path):
         assert state["bco"]["total"].tolist() == pytest.approx(total(bco), rel=1e-12)
         assert state["betadpo"]["total"].tolist() == pytest.approx(total(beta_dpo), rel=1e-12)
         assert not state["betadpo"]["pending"].any()
+
+
+def test_the_default_device_is_not_asked():
+    """What is drawn, remembered or held on the way lies where the tensors are."""
+    case = pairs(STEPS[0])
+    want = learn(case, fa.BetaDPO(keep=0.5)).loss
+    fa.release_workspace()
+    torch.set_default_device("meta")
+    try:
+        got = learn(case, fa.BetaDPO(keep=0.5)).loss
+    finally:
+        torch.set_default_device("cpu")
+    assert torch.equal(got, want)

@@ -24,7 +24,7 @@ def lease(nbytes: int, device: torch.device) -> Iterator[Tensor]:
     kept, _kept.buffer = getattr(_kept, "buffer", None), None
     if kept is None or kept.numel() < nbytes:
         kept = None  # free the old pages before new ones are asked for
-        kept = torch.empty(nbytes, dtype=torch.uint8)
+        kept = torch.empty(nbytes, dtype=torch.uint8, device=device)
     try:
         yield kept[:nbytes]
     finally:

@@ -105,7 +105,7 @@ class BetaDPO(PairLoss):
     def _draw(self, margin: Tensor, m0: Tensor, sigma: Tensor) -> Tensor:
         log_weight = -(margin.double() - m0).square() / (2 * sigma.square()).clamp(min=1e-12)
         generator = _DRAWS.manual_seed(self.seed * 1_000_003 + self.state.calls)
-        uniform = torch.rand(margin.numel(), generator=generator, dtype=torch.float64)
+        uniform = torch.rand(margin.numel(), generator=generator, dtype=torch.float64, device="cpu")
         uniform = uniform.to(margin.device, non_blocking=True)
         # the k largest of log weight + Gumbel noise are k draws without replacement
         order = (log_weight - (-uniform.log()).log()).topk(self._count(margin)).indices

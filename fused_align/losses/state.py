@@ -20,7 +20,7 @@ def all_reduced(x: Tensor, how: str = "SUM") -> Tensor:
 
 
 def zeros(count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.float64)
+    return torch.zeros(count, dtype=torch.float64, device="cpu")
 
 
 @dataclass
