@@ -96,8 +96,7 @@ class Gradients:
                 continue
             span = self.walk.gradient_tile(chunk, coef, start, stop, kept, live)
             if dhidden is not None:
-                weight, _ = self.head.tile(start, stop)
-                self.walk.gemm(dhidden, span, weight, start > 0)
+                self.walk.gemm(dhidden, span, self.head.tile(start, stop)[0], start > 0)
             if self.bias is not None and parts[1]:
                 self.steps.add_products(self.bias[start:stop], span, coef.rows)
             if scaled is not None:

@@ -132,6 +132,7 @@ class Walk:
                 chunk.refs.append(chunk.ref)
             if product is not None and out is not None:
                 self.gemm(product, out, weight, start > 0)
+            del weight  # a cast of the head's: else it would lie beside that of the next tile
 
     def _tile(
         self, rows: int, cols: int, kept: Tensor | None = None, *, wanted: bool = True
