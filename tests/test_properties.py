@@ -84,13 +84,13 @@ def test_micro_batches_add_up(loss: fa.Loss, counts: list[int], seed: int, data:
             out, grads = run_loss(sequences(case, index), loss, **options)
             total += out.loss.detach()
             weight_grad += grads["weight"]
-            want = whole_grads["hidden"][index]
-            if want.any():
-                check_grad(grads["hidden"], want, torch.float64, "hidden")
-            else:  # terms that cancel, as APO-down's where the rejected answer is empty, may leave a rounding
-                assert grads["hidden"].abs().max() <= 1e-15
+            got, want = grads["hidden"], whole_grads["hidden"][index]
+            # terms that cancel, as APO-down's where the rejected answer is empty, may leave a rounding or none
+            if max(got.abs().max(), want.abs().max()) > 1e-15:
+                check_grad(got, want, torch.float64, "hidden")
     check_loss(total, whole.loss.detach(), torch.float64)
-    check_grad(weight_grad, whole_grads["weight"], torch.float64, "weight")
+    if max(weight_grad.abs().max(), whole_grads["weight"].abs().max()) > 1e-15:
+        check_grad(weight_grad, whole_grads["weight"], torch.float64, "weight")
 
 
 @pytest.mark.parametrize(
