@@ -85,7 +85,7 @@ def test_micro_batches_add_up(loss: fa.Loss, counts: list[int], seed: int, data:
             total += out.loss.detach()
             weight_grad += grads["weight"]
             got, want = grads["hidden"], whole_grads["hidden"][index]
-            # terms that cancel, as APO-down's where the rejected answer is empty, may leave a rounding or none
+            # terms that cancel, as APO-down's where the rejected answer is empty, may leave a rounding
             if max(got.abs().max(), want.abs().max()) > 1e-15:
                 check_grad(got, want, torch.float64, "hidden")
     check_loss(total, whole.loss.detach(), torch.float64)
