@@ -7,8 +7,7 @@ a per-token mode or the scalar of a loss, and the gradients the mode asks for, i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -123,14 +122,6 @@ PLANS = ("auto", "score", "fused", "jacobian", "single", "window", "recompute")
 Tile = tuple[int, int]  # the most rows of a tile of logits, and its MiB
 
 
-@contextmanager
-def tiles_of(tile: Tile | None, device: str) -> Iterator[None]:
-    """Calls plan with tiles of this size; with the planner's own where it is None."""
-    rows, mib = tile or (plan.MAX_ROWS[device], plan.TILE_BYTES[device] // plan.MIB)
-    with patch.dict(plan.MAX_ROWS, {device: rows}), patch.dict(plan.TILE_BYTES, {device: mib * plan.MIB}):
-        yield
-
-
 @dataclass(frozen=True)
 class Ours(Provider):
     backend: str = "auto"
@@ -195,11 +186,14 @@ class Ours(Provider):
         return self._tiled(run, inputs)
 
     def _tiled(self, call: Call, inputs: Inputs) -> Call:
+        """The call, planned with tiles of the size asked for."""
         if self.tile is None:
             return call
+        (rows, mib), kind = self.tile, inputs.hidden.device.type
 
         def run() -> Result:
-            with tiles_of(self.tile, inputs.hidden.device.type):
+            sizes = patch.dict(plan.TILE_BYTES, {kind: mib * plan.MIB})
+            with patch.dict(plan.MAX_ROWS, {kind: rows}), sizes:
                 return call()
 
         return run
